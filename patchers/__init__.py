@@ -1,0 +1,1 @@
+"""What a block is: block configs, their dialects, and the patcher that builds them from native classes."""

@@ -1,0 +1,1 @@
+"""Block-sharded loading, running, changing and saving of heterogeneous decoder models."""

@@ -1,0 +1,1 @@
+"""The files of a checkpoint: index, headers, reading, writing, publishing. Knows nothing of models."""

@@ -1,0 +1,1 @@
+"""Helpers of the tests: a pool of gloo workers, tiny models, broken files."""
