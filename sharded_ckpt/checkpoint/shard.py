@@ -1,0 +1,127 @@
+"""One safetensors file of a checkpoint, opened: its header, its bytes by range, its mapping."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+import weakref
+
+from patchers.errors import CheckpointError
+from sharded_ckpt.checkpoint.header import Header, read_header
+from sharded_ckpt.checkpoint.local import identity_of
+from sharded_ckpt.checkpoint.source import TensorSource
+
+PAGE = mmap.ALLOCATIONGRANULARITY
+
+
+class Shard:
+    """One safetensors file, opened once: what is read later is of the same file as the header.
+
+    Args:
+        source: The checkpoint.
+        name: The file in it.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        CheckpointError: It cannot be read, or is no sound safetensors file.
+    """
+
+    def __init__(self, source: TensorSource, name: str) -> None:
+        self.source = source
+        self.name = name
+        self.file = f"{source.location}/{name}"
+        fd = source.open(name)
+        self._fd = -1
+        self._close: weakref.finalize[[int], Shard] | None = None
+        if fd is None:
+            self.header: Header = read_header(self._fetch, source.size(name), self.file)
+        else:
+            self._adopt(fd)
+            status = os.fstat(fd)
+            self._identity = identity_of(status)
+            self.header = read_header(self._pread, status.st_size, self.file)
+
+    def _adopt(self, fd: int | None) -> None:
+        if fd is not None:
+            self._fd, self._close = fd, weakref.finalize(self, os.close, fd)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the file can be mapped."""
+        return self._close is not None
+
+    def close(self) -> None:
+        """Close the file; it is opened again if it is needed, and must be the same one then."""
+        if self._close is not None:
+            self._close()
+
+    def fileno(self) -> int:
+        """Return the file descriptor of a local file.
+
+        Raises:
+            CheckpointError: Another file has taken its place since the header was read, or it was changed.
+        """
+        if self._close is None:
+            raise CheckpointError(f"{self.file}: not a local file")
+        if not self._close.alive:
+            self._adopt(self.source.open(self.name))
+        if identity_of(os.fstat(self._fd)) != self._identity:
+            raise CheckpointError(f"{self.file}: the file was changed while it was read; load again")
+        return self._fd
+
+    def map(self, begin: int = 0, end: int | None = None) -> tuple[mmap.mmap, int]:
+        """Map a range of the file, private and writable: changes stay in this process.
+
+        Returns:
+            The mapping, and the offset in it at which `begin` lies.
+        """
+        fd = self.fileno()
+        base = begin // PAGE * PAGE
+        length = (self.header.file_size if end is None else end) - base
+        flags = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+        try:
+            mapping = mmap.mmap(
+                fd,
+                length,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=base,
+                **flags,
+            )
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: cannot be mapped: {error.strerror}") from error
+        return mapping, begin - base
+
+    def readinto(self, buffers: list[memoryview], offset: int) -> None:
+        """Fill buffers, one after the other, with the bytes from an offset on.
+
+        Raises:
+            CheckpointError: The file ends before, or cannot be read.
+        """
+        buffers = [buffer for buffer in buffers if len(buffer)]
+        while buffers:
+            count = self._read_some(buffers, offset)
+            if count == 0:
+                raise CheckpointError(f"{self.file}: the file shrank while it was read; load again")
+            offset += count
+            while buffers and count >= len(buffers[0]):
+                count -= len(buffers.pop(0))
+            if count:
+                buffers[0] = buffers[0][count:]
+
+    def _read_some(self, buffers: list[memoryview], offset: int) -> int:
+        try:
+            if self._close is not None:
+                return os.preadv(self._fd, buffers, offset)
+            chunk = self._fetch(offset, offset + len(buffers[0]))
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: cannot be read: {error}") from error
+        buffers[0][: len(chunk)] = chunk
+        return len(chunk)
+
+    def _pread(self, begin: int, end: int) -> bytes:
+        return os.pread(self._fd, end - begin, begin)
+
+    def _fetch(self, begin: int, end: int) -> bytes:
+        return self.source.read_bytes(self.name, begin, end)

@@ -1,0 +1,214 @@
+"""Where the files of a checkpoint are: a directory, a hub id, a URL, behind one small protocol."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from patchers.errors import CheckpointError, CheckpointNotFoundError
+from sharded_ckpt.checkpoint.local import LocalSource
+
+INDEX_SUFFIX = ".index.json"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_DRIVE = re.compile(r"[A-Za-z]:")
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """The files of one checkpoint. Names are relative to it and use `/`."""
+
+    location: str
+    """What the user gave, as it stands in errors."""
+
+    @property
+    def entry(self) -> str | None:
+        """The one file that was asked for, an index or a safetensors file, or None for the checkpoint."""
+
+    def names(self) -> list[str]:
+        """Return the files at the top, sorted."""
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is such a file; a remote source may have to ask."""
+
+    def size(self, name: str) -> int:
+        """Return how many bytes a file has."""
+
+    def read_bytes(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
+        """Return the bytes of a file from `begin` to `end` (exclusive)."""
+
+    def ensure(self, names: Iterable[str]) -> None:
+        """Make files ready to be opened, all at once; downloads what is not here."""
+
+    def local_path(self, name: str) -> Path:
+        """Return a path where other libraries find the file; downloads it if it is not here."""
+
+    def open(self, name: str) -> int | None:
+        """Return a new file descriptor of a regular local file, None if the bytes must be fetched."""
+
+    def changed(self) -> bool:
+        """Return whether the location shows other files now than those that were read."""
+
+
+def open_source(
+    location: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> TensorSource:
+    """Find a checkpoint.
+
+    Args:
+        location: A directory; a `.safetensors` or `.index.json` file in one; a Hugging Face hub id such as
+            `org/name` (`hf://org/name` where a directory of that name is in the way); or a URL that fsspec
+            knows, such as `s3://bucket/folder`. What exists here is never looked up elsewhere.
+        revision: Branch, tag or commit of a hub id.
+        token: For hub ids that need one, as huggingface_hub takes it.
+        cache_dir: Where downloads go instead of the usual cache.
+        local_files_only: Use only what was downloaded before.
+
+    Raises:
+        CheckpointNotFoundError: There is nothing at that place.
+        CheckpointError: It is a file of another kind.
+    """
+    text = os.fspath(location)
+    if text.startswith("hf://"):
+        return _open_hub(text.removeprefix("hf://"), revision, token, cache_dir, local_files_only)
+    if "://" in text and not text.startswith("file://"):
+        from sharded_ckpt.checkpoint.remote import RemoteSource
+
+        return RemoteSource(text, cache_dir=cache_dir)
+    local = _open_local(text.removeprefix("file://"))
+    if local is not None:
+        return local
+    if not isinstance(location, str) or _looks_like_path(text):
+        raise CheckpointNotFoundError(f"{text}: no such file or directory{_similar(Path(text))}")
+    return _open_hub(text, revision, token, cache_dir, local_files_only)
+
+
+def _open_local(text: str) -> LocalSource | None:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return LocalSource(path)
+    index = path.with_name(path.name + INDEX_SUFFIX) if path.name.endswith(".safetensors") else path
+    for candidate in (path, index):
+        if candidate.name.endswith((".safetensors", INDEX_SUFFIX)) and candidate.exists():
+            return LocalSource(candidate.parent, entry=candidate.name)
+    if path.exists():
+        raise CheckpointError(
+            f"{text}: not a checkpoint; give its directory, its index ({INDEX_SUFFIX}) or a .safetensors file"
+        )
+    return None
+
+
+def _looks_like_path(text: str) -> bool:
+    if not _HUB_ID.fullmatch(text) or text.endswith((*_WEIGHT_SUFFIXES, ".json")) or ".." in text:
+        return True
+    # org/name where ./org is a directory is far more often a mistyped path than a hub id.
+    return "/" in text and Path(text).parent.is_dir()
+
+
+def _similar(path: Path) -> str:
+    """Return a hint at a file beside the missing one whose name is close, or at the part that exists."""
+    parent = path.expanduser().parent
+    if not parent.is_dir():
+        return f"; {parent} does not exist either"
+    close = difflib.get_close_matches(path.name, [entry.name for entry in os.scandir(parent)], n=3)
+    return f"; did you mean {' or '.join(str(parent / name) for name in close)}?" if close else ""
+
+
+def _open_hub(
+    repo: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+) -> TensorSource:
+    from sharded_ckpt.checkpoint.hub import HubSource
+
+    return HubSource(
+        repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+
+
+def check_name(name: Any, where: str) -> str:
+    """Return the name of a file inside a checkpoint, which an index may give and nobody may trust.
+
+    Args:
+        name: What was found.
+        where: Begin of the error: the file that gives the name.
+
+    Raises:
+        CheckpointError: It could lead out of the checkpoint, or is no name.
+
+    Example:
+        >>> check_name("weights/model-00001-of-00002.safetensors", "index")
+        'weights/model-00001-of-00002.safetensors'
+        >>> check_name("../other/model.safetensors", "index")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        patchers.errors.CheckpointError: index: unsafe file name '../other/model.safetensors': ...
+    """
+    if not isinstance(name, str):
+        raise CheckpointError(f"{where}: a file name must be a string, found {name!r}")
+    parts = name.split("/")
+    if {"", ".", ".."} & set(parts) or "\\" in name or "\0" in name or _DRIVE.match(name):
+        raise CheckpointError(
+            f"{where}: unsafe file name {name!r}: expected a path inside the checkpoint, "
+            "without '..', '.', backslashes, drive letters or a leading '/'"
+        )
+    return name
+
+
+def read_json(source: TensorSource, name: str, *, limit: int = 64 * 2**20) -> Any:
+    """Read a JSON file of a checkpoint, such as `config.json`.
+
+    Args:
+        source: The checkpoint.
+        name: The file.
+        limit: Bytes that the file may have at most.
+
+    Raises:
+        CheckpointNotFoundError: There is no such file.
+        CheckpointError: It is too large, or not JSON.
+    """
+    where = f"{source.location}/{name}"
+    size = source.size(name)
+    if size > limit:
+        raise CheckpointError(
+            f"{where}: {size} bytes are too many for this JSON file, expected at most {limit}"
+        )
+    return parse_json(source.read_bytes(name), where)
+
+
+def parse_json(raw: bytes, where: str) -> Any:
+    """Parse JSON in which no object gives a name twice.
+
+    Args:
+        raw: UTF-8.
+        where: Begin of the error: the file.
+    """
+    try:
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
+    except RecursionError:
+        raise CheckpointError(f"{where}: JSON nested too deep") from None
+    except ValueError as error:
+        hint = ""
+        if raw.startswith(b"version https://git-lfs"):
+            hint = "; it is a git-LFS pointer: run `git lfs pull` in its folder"
+        raise CheckpointError(f"{where}: not valid JSON: {error}{hint}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} is given twice")
+    return found
