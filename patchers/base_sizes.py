@@ -1,0 +1,207 @@
+"""What the config of a model says about all its blocks alike, under whatever names its family uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from patchers.block_config import BlockConfig, MoEConfig
+from patchers.block_fields import whole_number
+from patchers.errors import BlockConfigError
+
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "num_query_groups"),
+    "intermediate_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    "hidden_act": ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act", "activation"),
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok": ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"),
+    "shared_expert_intermediate_size": (
+        "shared_expert_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+        "shared_intermediate_size",
+    ),
+}
+_SHARED_EXPERT_COUNTS = ("n_shared_experts", "moe_num_shared_experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldNames:
+    """The names under which a family's config says the sizes of its blocks. The defaults are llama's."""
+
+    num_hidden_layers: str = "num_hidden_layers"
+    hidden_size: str = "hidden_size"
+    num_attention_heads: str = "num_attention_heads"
+    num_key_value_heads: str = "num_key_value_heads"
+    intermediate_size: str = "intermediate_size"
+    hidden_act: str = "hidden_act"
+    num_experts: str = "num_local_experts"
+    num_experts_per_tok: str = "num_experts_per_tok"
+    expert_intermediate_size: str = "intermediate_size"
+    shared_expert_intermediate_size: str = "shared_expert_intermediate_size"
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> FieldNames:
+        """Return the names that a config uses: of each size, the first known name that is in it.
+
+        Example:
+            >>> FieldNames.of({"n_layer": 12, "n_embd": 768}).hidden_size
+            'n_embd'
+        """
+        found = {
+            size: next((alias for alias in aliases if alias in config), aliases[0])
+            for size, aliases in _ALIASES.items()
+        }
+        # Families either give experts a width of their own or reuse the dense one (mixtral, gpt_oss).
+        own_width = config.get("moe_intermediate_size") is not None
+        expert = "moe_intermediate_size" if own_width else found["intermediate_size"]
+        return cls(expert_intermediate_size=expert, **found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSizes:
+    """The sizes of every block that does not say otherwise; None where the config is silent.
+
+    Args:
+        names: Where each size was looked for.
+        raw: The config that this was read from.
+    """
+
+    names: FieldNames
+    raw: Mapping[str, Any]
+    num_hidden_layers: int
+    hidden_size: int | None
+    num_attention_heads: int | None
+    head_dim: int | None
+    num_key_value_heads: int | None
+    intermediate_size: int | None
+    hidden_act: str | None
+    moe: MoEConfig | None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], names: FieldNames | None = None) -> BaseSizes:
+        """Read the base sizes out of a raw `config.json`.
+
+        Args:
+            config: The config as a mapping. For a model inside a model (vision-language), its text config.
+            names: The names of the family; found by `FieldNames.of` when not given.
+
+        Raises:
+            BlockConfigError: The number of layers is missing, a size is no positive whole number, or the text
+                model is nested.
+        """
+        names = names or FieldNames.of(config)
+        layers = _size(config, names.num_hidden_layers)
+        if layers is None:
+            raise BlockConfigError(_no_layers(config, names))
+        hidden, heads = _size(config, names.hidden_size), _size(config, names.num_attention_heads)
+        return cls(
+            names=names,
+            raw=config,
+            num_hidden_layers=layers,
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            head_dim=_size(config, "head_dim") or _even_head_dim(hidden, heads),
+            num_key_value_heads=_size(config, names.num_key_value_heads),
+            intermediate_size=_size(config, names.intermediate_size),
+            hidden_act=config.get(names.hidden_act),
+            moe=_base_moe(config, names),
+        )
+
+    def need(self, size: str) -> int:
+        """Return a size, by the name of its attribute, that the config must say.
+
+        Raises:
+            BlockConfigError: The config does not say it.
+        """
+        value: int | None = getattr(self, size)
+        if value is None:
+            raise BlockConfigError(
+                f"the base config does not say {getattr(self.names, size, size)}, which is needed"
+            )
+        return value
+
+
+def resolve_block(block: BlockConfig, base: BaseSizes) -> BlockConfig:
+    """Return the block with every size said: those left at None are taken from the base config.
+
+    Raises:
+        BlockConfigError: The base config does not say a size either. In a mixture-of-experts family it says
+            nothing of which blocks are dense: the family's own rules decide that.
+    """
+    attention, ffn = block.attention, block.ffn
+    if attention.is_native and attention.mamba is None and attention.num_key_value_heads is None:
+        name = base.names.num_key_value_heads
+        heads = _said(base.num_key_value_heads, "attention.num_key_value_heads", name)
+        attention = replace(attention, num_key_value_heads=heads)
+    if ffn.moe is not None:
+        ffn = replace(ffn, moe=_resolve_moe(ffn.moe, base))
+    elif ffn.is_native and ffn.intermediate_size is None:
+        if base.moe is not None:
+            raise BlockConfigError(
+                "ffn says neither intermediate_size nor moe, and the base config of a mixture-of-experts "
+                "family does not tell which blocks are dense; say one of them (infer_block_configs reads "
+                "them off a checkpoint)"
+            )
+        width = _said(base.intermediate_size, "ffn.intermediate_size", base.names.intermediate_size)
+        ffn = replace(ffn, intermediate_size=width)
+    return replace(block, attention=attention, ffn=ffn)
+
+
+def _resolve_moe(moe: MoEConfig, base: BaseSizes) -> MoEConfig:
+    general = base.moe or MoEConfig()
+    base_fields = {
+        "num_local_experts": base.names.num_experts,
+        "num_experts_per_tok": base.names.num_experts_per_tok,
+        "expert_intermediate_dim": base.names.expert_intermediate_size,
+    }
+    sizes = {
+        field: getattr(moe, field) or _said(getattr(general, field), f"ffn.moe.{field}", base_field)
+        for field, base_field in base_fields.items()
+    }
+    shared = moe.shared_expert_intermediate_dim
+    general_shared = general.shared_expert_intermediate_dim or 0
+    return MoEConfig(**sizes, shared_expert_intermediate_dim=general_shared if shared is None else shared)
+
+
+def _said(value: int | None, field: str, base_field: str) -> int:
+    if value is None:
+        raise BlockConfigError(
+            f"{field} is not set, and the base config does not say {base_field}; set one of them"
+        )
+    return value
+
+
+def _base_moe(config: Mapping[str, Any], names: FieldNames) -> MoEConfig | None:
+    experts = _size(config, names.num_experts)
+    if experts is None:
+        return None
+    width = _size(config, names.expert_intermediate_size)
+    shared = _size(config, names.shared_expert_intermediate_size, least=0)
+    counts = (_size(config, name, least=0) for name in _SHARED_EXPERT_COUNTS)
+    count = next((count for count in counts if count is not None), None)
+    if shared is None and count is not None and width is not None:
+        shared = count * width
+    return MoEConfig(experts, _size(config, names.num_experts_per_tok), width, shared)
+
+
+def _even_head_dim(hidden: int | None, heads: int | None) -> int | None:
+    return hidden // heads if hidden and heads and hidden % heads == 0 else None
+
+
+def _no_layers(config: Mapping[str, Any], names: FieldNames) -> str:
+    if "text_config" in config:
+        return (
+            "the config nests its text model in text_config, and block configs of nested (vision-language) "
+            "models are not supported; pass config['text_config'] to work on the text model alone"
+        )
+    return f"the base config does not say {names.num_hidden_layers}, so the number of blocks is unknown"
+
+
+def _size(config: Mapping[str, Any], name: str, least: int = 1) -> int | None:
+    value = config.get(name)
+    # A list gives each layer its own value (gemma3n): no single size holds for all blocks.
+    return None if isinstance(value, list | tuple) else whole_number(value, name, least)

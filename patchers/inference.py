@@ -1,0 +1,154 @@
+"""Block configs read off a checkpoint itself: what the names and shapes of its tensors say.
+
+Only names and shapes are needed, so the headers of safetensors files suffice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from patchers.base_sizes import BaseSizes, FieldNames
+from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig
+from patchers.block_fields import at_block
+from patchers.block_shapes import Tensor, infer_attention, infer_experts, infer_ffn, shown
+from patchers.errors import BlockConfigError
+from patchers.names import fold, fold_indices
+from patchers.tensor_roles import TensorRole, role_of
+
+_BLOCK = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<name>.+)$")
+
+
+def infer_block_configs(
+    tensors: Mapping[str, Any],
+    base: Mapping[str, Any],
+    *,
+    layers: str | None = None,
+    names: FieldNames | None = None,
+) -> list[BlockConfig]:
+    """Infer the block configs of a checkpoint from the names and shapes of its tensors.
+
+    Every size comes out said. A part without any tensor is a no-op, and so is a whole block.
+
+    Args:
+        tensors: Shapes by tensor name: tuples, or anything with a `shape`.
+        base: The config of the model as a mapping: it says the layers, the hidden size and the heads.
+        layers: Where the blocks are, `"model.layers"` for instance; found if there is only one such place.
+        names: The family's own field names; found by `FieldNames.of` when not given.
+
+    Raises:
+        BlockConfigError: Shapes contradict each other or the config; tensors of a part are missing; or a part
+            has tensors, but none that tells what it is (another kind of mixer, packed quantised weights).
+
+    Example:
+        >>> base = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 4}
+        >>> shapes = {"gate_proj": (32, 8), "up_proj": (32, 8), "down_proj": (8, 32)}
+        >>> tensors = {f"model.layers.1.mlp.{name}.weight": shape for name, shape in shapes.items()}
+        >>> infer_block_configs(tensors, base)[1]
+        BlockConfig(attention=AttentionConfig(no_op=True), ffn=FFNConfig(intermediate_size=32))
+    """
+    sizes = BaseSizes.of(base, names)
+    stacks = _stacks(tensors)
+    blocks = stacks.get(_the_stack(stacks, tensors) if layers is None else layers, {})
+    if layers is not None and tensors and not blocks:
+        raise BlockConfigError(
+            f"no tensor is under {layers}; blocks are under {', '.join(stacks) or 'no name'}"
+        )
+    _refuse_beyond(blocks, sizes)
+    inferred = []
+    for index in range(sizes.num_hidden_layers):
+        with at_block(index):
+            inferred.append(_infer_block(blocks.get(index, {}), sizes))
+    _refuse_mixed_gates(blocks)
+    return inferred
+
+
+_Block = dict[str, Tensor]
+
+
+def _stacks(tensors: Mapping[str, Any]) -> dict[str, dict[int, _Block]]:
+    """The tensors of each list of blocks, by block and name within the block: full name and shape."""
+    stacks: dict[str, dict[int, _Block]] = {}
+    for key, tensor in tensors.items():
+        if match := _BLOCK.match(key):
+            block = stacks.setdefault(match["stack"], {}).setdefault(int(match["index"]), {})
+            block[match["name"]] = (key, tuple(getattr(tensor, "shape", tensor)))
+    return stacks
+
+
+def _the_stack(stacks: Mapping[str, object], tensors: Mapping[str, Any]) -> str:
+    if len(stacks) == 1 or not tensors:
+        return next(iter(stacks), "")
+    if not stacks:
+        some = fold(tensors, limit=4)
+        raise BlockConfigError(f"no tensor belongs to a block (…layers.N.…, …h.N.…); the names are {some}")
+    raise BlockConfigError(
+        f"there are blocks in {len(stacks)} places: {', '.join(sorted(stacks))}; say which with layers="
+    )
+
+
+def _refuse_beyond(blocks: Mapping[int, _Block], sizes: BaseSizes) -> None:
+    count = sizes.num_hidden_layers
+    keys = [key for index, block in blocks.items() if index >= count for key, _ in block.values()]
+    if keys:
+        raise BlockConfigError(
+            f"{fold(keys, limit=4)}: beyond the last block, since {sizes.names.num_hidden_layers}={count}; "
+            "correct the config, or leave these tensors out"
+        )
+
+
+def _infer_block(block: _Block, sizes: BaseSizes) -> BlockConfig:
+    parts: dict[str, dict[TensorRole, Tensor]] = {}
+    modules: set[str] = set()
+    for name, tensor in block.items():
+        role = None if name.endswith("bias") else role_of(name)
+        if role is not None:
+            _add(parts.setdefault(role.part, {}), role, tensor)
+            modules.add(name.partition(".")[0])
+    attention = {role.projection: tensor for role, tensor in parts.pop("attention", {}).items()}
+    ffn = {role.projection: tensor for role, tensor in parts.pop("ffn", {}).items()}
+    if not attention or not (ffn or parts):
+        _refuse_untold(block, modules, "attention" if not attention else "FFN")
+    if parts and ffn:
+        raise BlockConfigError(f"{shown(ffn.values())} beside experts: a dense FFN and experts in one block")
+    return BlockConfig(
+        infer_attention(attention, sizes) if attention else AttentionConfig(no_op=True),
+        infer_experts(parts, sizes) if parts else infer_ffn(ffn, sizes) if ffn else FFNConfig(no_op=True),
+    )
+
+
+def _add(part: dict[TensorRole, Any], role: TensorRole, tensor: Tensor) -> None:
+    if role in part:
+        raise BlockConfigError(f"two tensors for one place: {shown([part[role], tensor])}")
+    part[role] = tensor
+
+
+def _refuse_untold(block: _Block, modules: Iterable[str], part: str) -> None:
+    """Raise rather than take a part for gone when tensors are left that could be it."""
+    # Vectors are norms, biases and scales: they make no part on their own.
+    left = [
+        tensor
+        for name, tensor in block.items()
+        if len(tensor[1]) > 1 and name.partition(".")[0] not in modules
+    ]
+    if left:
+        raise BlockConfigError(
+            f"no {part} that is known, but tensors that may be one: {shown(left)}; if they are another kind "
+            "of layer or packed (quantised) weights, give the block configs instead of inferring them"
+        )
+
+
+def _refuse_mixed_gates(blocks: Mapping[int, _Block]) -> None:
+    gated: dict[bool, list[int]] = {}
+    for index, block in blocks.items():
+        roles = (role_of(name) for name in block if not name.endswith("bias"))
+        dense = {role.projection for role in roles if role is not None and role.part == "ffn"}
+        if dense - {"linear"}:
+            gated.setdefault(bool(dense & {"gate", "gate_up"}), []).append(index)
+    if len(gated) > 1:
+        with_gate, without = fold_indices(gated[True]), fold_indices(gated[False])
+        raise BlockConfigError(
+            f"blocks {with_gate} have a gate in their FFN, blocks {without} have none: gate_proj is missing "
+            "there"
+        )
