@@ -1,0 +1,228 @@
+"""The patcher: within it, a native model class builds heterogeneous layers.
+
+Each decoder layer is given a view of the config with its own sizes, is built by its own class, and then has
+its removed parts exchanged for substitutes. What was built is compared with what was asked for: an override
+that a family does not honour is an error, never a silent no-op.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from patchers.activation import patched_init
+from patchers.base_sizes import FieldNames
+from patchers.block_config import BlockConfig
+from patchers.descriptor import ModelDescriptor, SubBlock
+from patchers.dialects import parse_blocks, read_block_configs
+from patchers.errors import BlockConfigError, FamilyError, PatchError
+from patchers.layer_config import base_config, layer_config
+from patchers.measure import built_block
+from patchers.substitutes import LinearAttention, LinearFFN, NoAttention, NoFFN, NoNorm
+
+_INDEX_ARGUMENTS = ("layer_idx", "layer_id", "idx", "layer_number", "layer_index", "i")
+AnyBlockConfig = BlockConfig | Mapping[str, Any]
+
+
+@contextmanager
+def deci_x_patcher(
+    model_descriptor: ModelDescriptor | PreTrainedConfig | str,
+    block_configs: Sequence[AnyBlockConfig] | None = None,
+) -> Iterator[None]:
+    """Build heterogeneous layers out of the native decoder layer class, within this context.
+
+    Building a whole model, a single decoder layer, and transformers' `from_config` and `from_pretrained`
+    (Auto classes too) all work inside. Uses may be nested, the innermost counts; threads do not see each
+    other's, and a thread that is started inside sees this one.
+
+    Args:
+        model_descriptor: Which classes to patch: a `ModelDescriptor`, a config, or the name of a family.
+        block_configs: One entry a layer: `BlockConfig`s, or dicts in any dialect. None takes what the config
+            of the model that is being built says (`block_configs`, `per_layer_config`); a config that says
+            nothing is then built as ever.
+
+    Raises:
+        BlockConfigError: While building: the entries are wrong, or not as many as the layers.
+        FamilyError: While building: the family does not support what is asked for.
+        PatchError: While building: the layer does not have the sizes that its block config says.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from patchers import AttentionConfig, BlockConfig, FFNConfig
+        >>> config = LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+        >>> blocks = [BlockConfig(AttentionConfig(no_op=True), FFNConfig()), BlockConfig(ffn=FFNConfig(16))]
+        >>> with deci_x_patcher("llama", blocks), torch.device("meta"):
+        ...     model = LlamaForCausalLM(config)
+        >>> model.model.layers[1].mlp.up_proj.weight.shape
+        torch.Size([16, 32])
+    """
+    descriptor = ModelDescriptor.of(model_descriptor)
+    patcher = _Patcher(descriptor, None if block_configs is None else list(block_configs))
+    with patched_init(descriptor.layer_classes, patcher.build):
+        yield
+
+
+def blocks_of(
+    config: PreTrainedConfig, asked: Sequence[AnyBlockConfig] | None = None
+) -> list[BlockConfig] | None:
+    """Return one block config a layer: those asked for, else those that the config says, else None.
+
+    Raises:
+        BlockConfigError: They are wrong, or not as many as the layers.
+    """
+    return _parsed(config.to_dict(), asked)
+
+
+def _parsed(base: Mapping[str, Any], asked: Sequence[AnyBlockConfig] | None) -> list[BlockConfig] | None:
+    if asked is not None:
+        return parse_blocks(asked, base)
+    found = read_block_configs(base)
+    return None if found is None else found[0]
+
+
+class _Patcher:
+    """Builds the layers of one `deci_x_patcher` block."""
+
+    def __init__(self, descriptor: ModelDescriptor, asked: list[AnyBlockConfig] | None) -> None:
+        self.descriptor, self.asked = descriptor, asked
+        self._known: tuple[PreTrainedConfig, Any, dict[str, Any], list[BlockConfig] | None] | None = None
+        self._building: set[int] = set()
+
+    def build(self, layer: nn.Module, true_init: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Build one decoder layer in place of its `__init__`."""
+        call = inspect.signature(true_init).bind(layer, *args, **kwargs)
+        call.apply_defaults()
+        config_name, config = _config_argument(call, layer)
+        base, blocks = self._read(config)
+        if (
+            blocks is None or id(layer) in self._building
+        ):  # a layer class that calls another patched one is built once
+            true_init(layer, *args, **kwargs)
+            return
+        index = _layer_index(call, layer, len(blocks))
+        self._refuse_unsupported(blocks[index], index)
+        call.arguments[config_name] = layer_config(config, _overrides(config, base, blocks[index], index))
+        self._building.add(id(layer))
+        try:
+            true_init(*call.args, **call.kwargs)
+        finally:
+            self._building.discard(id(layer))
+        _verify(layer, blocks[index], base, index)
+        _substitute(layer, self.descriptor, blocks[index], config.hidden_size, index)
+
+    def _read(self, config: PreTrainedConfig) -> tuple[dict[str, Any], list[BlockConfig] | None]:
+        """Return the config as a mapping and its blocks; once a model, not once a layer."""
+        said = (
+            vars(config).get("block_configs"),
+            vars(config).get("_heterogeneity_spec"),
+            config.num_hidden_layers,
+        )
+        known = self._known
+        if known is None or known[0] is not config or known[1] != said:
+            base = config.to_dict()
+            known = self._known = (config, said, base, _parsed(base, self.asked))
+        return known[2], known[3]
+
+    def _refuse_unsupported(self, block: BlockConfig, index: int) -> None:
+        family = self.descriptor.family
+        if block.ffn.moe is not None:
+            raise FamilyError(
+                f"block {index} asks for experts (moe), which are not built for {family} so far"
+            )
+        for kind, part, wanted in (
+            ("attention", self.descriptor.attention, block.attention),
+            ("FFN", self.descriptor.ffn, block.ffn),
+        ):
+            changed = wanted.no_op or wanted.replace_with_linear
+            if part is None and (changed or _size_of(wanted) is not None):
+                raise FamilyError(
+                    f"block {index} changes its {kind}, but layers of {family} have no single {kind}"
+                )
+            if part is not None and changed and not part.removable:
+                raise FamilyError(
+                    f"block {index} removes its {kind}, but in {family} a layer without it is not the "
+                    "identity: zeros in its place would be silently wrong"
+                )
+
+
+def _size_of(wanted: Any) -> int | None:
+    return getattr(wanted, "num_key_value_heads", None) or getattr(wanted, "intermediate_size", None)
+
+
+def _config_argument(call: inspect.BoundArguments, layer: nn.Module) -> tuple[str, PreTrainedConfig]:
+    for name, value in call.arguments.items():
+        if isinstance(value, PreTrainedConfig):
+            return name, base_config(value)
+    raise FamilyError(f"{type(layer).__name__} is not built from a config, so its blocks cannot be changed")
+
+
+def _layer_index(call: inspect.BoundArguments, layer: nn.Module, count: int) -> int:
+    name = next((name for name in _INDEX_ARGUMENTS if name in call.arguments), None)
+    if name is None:
+        raise FamilyError(
+            f"{type(layer).__name__} is not told its layer index, so its blocks cannot be changed"
+        )
+    index = call.arguments[name]
+    if not isinstance(index, int) or not 0 <= index < count:
+        raise BlockConfigError(
+            f"{type(layer).__name__} was built with {name}={index!r}; there are {count} block configs"
+        )
+    return index
+
+
+def _overrides(
+    config: PreTrainedConfig, base: Mapping[str, Any], block: BlockConfig, index: int
+) -> dict[str, Any]:
+    """Return the attributes that this layer sees otherwise than the model."""
+    native = vars(config).get("_heterogeneity_spec")
+    said = config.per_layer_config[index] if native else None
+    overrides = {name: getattr(said, name) for name in native.per_layer_attributes} if native else {}
+    names = FieldNames.of(base)
+    sizes = {
+        names.num_key_value_heads: block.attention.num_key_value_heads,
+        names.intermediate_size: block.ffn.intermediate_size,
+    }
+    return {**overrides, **{name: size for name, size in sizes.items() if size is not None}}
+
+
+def _substitute(
+    layer: nn.Module, descriptor: ModelDescriptor, block: BlockConfig, hidden_size: int, index: int
+) -> None:
+    attention, ffn = descriptor.attention, descriptor.ffn
+    if attention and block.attention.no_op:
+        _exchange(layer, attention, NoAttention(index, attention.arity), drop_norms=True)
+    elif attention and block.attention.replace_with_linear:
+        _exchange(layer, attention, LinearAttention(hidden_size, index, attention.arity))
+    if ffn and block.ffn.no_op:
+        _exchange(layer, ffn, NoFFN(ffn.arity), drop_norms=True)
+    elif ffn and block.ffn.replace_with_linear:
+        _exchange(layer, ffn, LinearFFN(hidden_size, ffn.arity))
+
+
+def _exchange(layer: nn.Module, part: SubBlock, substitute: nn.Module, drop_norms: bool = False) -> None:
+    setattr(layer, part.name, substitute)
+    for norm in part.norms if drop_norms else ():
+        setattr(layer, norm, NoNorm())
+
+
+def _verify(layer: nn.Module, wanted: BlockConfig, base: Mapping[str, Any], index: int) -> None:
+    """Compare the shapes that were built with the sizes that were asked for."""
+    found = built_block(layer, base)
+    for field, asked, made in (
+        ("num_key_value_heads", wanted.attention.num_key_value_heads, found.attention.num_key_value_heads),
+        ("intermediate_size", wanted.ffn.intermediate_size, found.ffn.intermediate_size),
+    ):
+        if asked is not None and made != asked:
+            raise PatchError(
+                f"block {index} asks for {field}={asked}, but {type(layer).__name__} built {made}: its "
+                f"family does not honour {field} layer by layer"
+            )
+
+
+__all__ = ["AnyBlockConfig", "blocks_of", "deci_x_patcher"]

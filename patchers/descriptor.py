@@ -1,0 +1,240 @@
+"""Where a family of models keeps its parts, found out from the native class by rule, on the meta device.
+
+Nothing here is a table of families. The names come from the objects that transformers itself hands out (the
+embeddings, the decoder); what a module returns comes from one traced forward on meta; what may be removed
+comes from trying it: a removed part is right only where a layer without its parts is the identity.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from patchers.activation import unpatched
+from patchers.errors import ConfigError, FamilyError
+from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
+from patchers.probe import LayerProbe, SubBlock, probe_layers
+
+
+@dataclass(frozen=True)
+class ModelDescriptor:
+    """Where the models of one family keep their parts.
+
+    Attributes:
+        family: The config's `model_type`.
+        model_class: The native class, such as `LlamaForCausalLM`.
+        layers: Dotted name of the list of decoder layers.
+        embedding: Dotted name of the input embedding.
+        final_norm: Dotted name of the norm after the last layer, or None.
+        head: Dotted name of the output projection, or None.
+        layer_classes: The classes of the layers.
+        layer_arity: What a layer returns: 0 for a bare tensor, else the length of the tuple.
+        attention: The attention of a layer; None if the family has no single one.
+        ffn: The FFN of a layer; None if the family has no single one.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> descriptor = ModelDescriptor.from_config(LlamaConfig())
+        >>> descriptor.layers, descriptor.attention.name, descriptor.ffn.norms
+        ('model.layers', 'self_attn', ('post_attention_layernorm',))
+    """
+
+    family: str
+    model_class: type[PreTrainedModel]
+    layers: str
+    embedding: str
+    final_norm: str | None
+    head: str | None
+    layer_classes: tuple[type[nn.Module], ...]
+    layer_arity: int
+    attention: SubBlock | None
+    ffn: SubBlock | None
+
+    @classmethod
+    def from_config(cls, config: PreTrainedConfig) -> ModelDescriptor:
+        """Derive the descriptor of the native model that a config builds.
+
+        Raises:
+            FamilyError: The config is not that of a causal language model whose layers can be found.
+        """
+        return _derive_plain(type(config)) if config.model_type in PLAIN_FAMILIES else _derive(config)
+
+    @classmethod
+    def of(
+        cls, what: ModelDescriptor | PreTrainedConfig | str, config: PreTrainedConfig | None = None
+    ) -> ModelDescriptor:
+        """Return the descriptor that a user's `descriptor` argument stands for.
+
+        Args:
+            what: A descriptor, a config, the name of a family (`"llama"`, `"nemotron-nas"`), or `"auto"`.
+            config: The model's config, if there is one; `"auto"` needs it.
+
+        Raises:
+            ConfigError: `"auto"` without a config, an unknown name, or a descriptor of another family than
+                the config's.
+        """
+        if isinstance(what, PreTrainedConfig):
+            return cls.from_config(what)
+        if what == "auto" and config is None:
+            raise ConfigError(
+                'descriptor "auto" needs a config to look at; pass the name of a family, such as "llama", or '
+                "ModelDescriptor.from_config(config)"
+            )
+        if isinstance(what, str):
+            what = cls.from_config(config) if what == "auto" and config is not None else cls.from_family(what)
+        if not isinstance(what, ModelDescriptor):
+            raise ConfigError(
+                f"a descriptor is a ModelDescriptor, the name of a family or 'auto', not {what!r}"
+            )
+        if config is not None and config.model_type != what.family:
+            raise ConfigError(
+                f"the descriptor is of family {what.family!r}, the config of family {config.model_type!r}"
+            )
+        return what
+
+    @classmethod
+    def from_family(cls, family: str) -> ModelDescriptor:
+        """Derive the descriptor of a family from its default config.
+
+        Raises:
+            ConfigError: transformers knows no such family.
+        """
+        try:
+            config = AutoConfig.for_model(NATIVE_FAMILY.get(family, family))
+        except ValueError as error:
+            raise ConfigError(
+                f"transformers knows no model family {family!r}; a family is named as model_type in "
+                "config.json, "
+                'such as "llama" or "qwen3"'
+            ) from error
+        return cls.from_config(config)
+
+    def block_name(self, index: int) -> str:
+        """Return the dotted name of a block."""
+        return f"{self.layers}.{index}"
+
+
+def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the native causal language model class of a config.
+
+    Raises:
+        FamilyError: There is none, or the language model is nested in a larger one.
+    """
+    if config.get_text_config(decoder=True) is not config:
+        raise FamilyError(
+            f"{type(config).__name__} nests its language model in a larger one (vision, audio); only plain "
+            "causal language models are supported so far. Load the text part's own config and weights "
+            "instead."
+        )
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if found is None:
+        raise FamilyError(
+            f"transformers has no causal language model for {type(config).__name__} (model_type "
+            f"{config.model_type!r})"
+        )
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Return the dotted name and the list of a model's decoder layers.
+
+    It is the ModuleList under the decoder with as many members as the config has layers, all of them of a
+    class that transformers treats as a decoder layer.
+
+    Raises:
+        FamilyError: There is no such list, or more than one.
+    """
+    count = model.config.num_hidden_layers
+    decoder, prefix = model.get_decoder(), ""
+    if decoder is not model:
+        prefix = _name_in(model, decoder) + "."
+    found = [
+        (prefix + name, module)
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all(_is_layer(model, m) for m in module)
+    ]
+    if len(found) != 1:
+        raise FamilyError(
+            f"{type(model).__name__} has {len(found)} lists of {count} decoder layers "
+            f"({', '.join(name for name, _ in found) or 'none'}), not one; pass a ModelDescriptor of your own"
+        )
+    return found[0]
+
+
+def _is_layer(model: PreTrainedModel, module: nn.Module) -> bool:
+    unsplit = type(module).__name__ in (model._no_split_modules or ())
+    return unsplit or isinstance(module, GradientCheckpointingLayer)
+
+
+def _name_in(model: nn.Module, wanted: nn.Module | None) -> str:
+    return next(name for name, module in model.named_modules(remove_duplicate=False) if module is wanted)
+
+
+@functools.cache
+def _derive_plain(config_class: type[PreTrainedConfig]) -> ModelDescriptor:
+    # one layer speaks for all, and sizes change nothing: this keeps large models cheap to describe
+    return _derive(config_class(num_hidden_layers=1))
+
+
+def _derive(config: PreTrainedConfig) -> ModelDescriptor:
+    with unpatched():
+        model = build_on_meta(
+            model_class_of(config), config, torch.bfloat16
+        )  # grouped experts are bf16-only on meta
+        layers, members = find_layers(model)
+        probes = probe_layers(model, members)
+    head = model.get_output_embeddings()
+    return ModelDescriptor(
+        family=config.model_type,
+        model_class=type(model),
+        layers=layers,
+        embedding=_name_in(model, model.get_input_embeddings()),
+        final_norm=_final_norm(model, layers),
+        head=None if head is None else _name_in(model, head),
+        layer_classes=tuple(dict.fromkeys(type(member) for member in members)),
+        layer_arity=_the_one({probe.arity for probe in probes}, config, "return forms of layers"),
+        attention=_sub_block(probes, "attention"),
+        ffn=_sub_block(probes, "ffn"),
+    )
+
+
+def build_on_meta(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Build a model without storage; the config that is passed in is not changed."""
+    with torch.device("meta"):
+        return model_class._from_config(copy.deepcopy(config), dtype=dtype).eval()
+
+
+def _final_norm(model: nn.Module, layers: str) -> str | None:
+    backbone_name, _, list_name = layers.rpartition(".")
+    backbone = model.get_submodule(backbone_name)
+    names = list(dict(backbone.named_children()))
+    after = names[names.index(list_name) + 1 :]
+    norms = [name for name in after if "norm" in type(getattr(backbone, name)).__name__.lower()]
+    return f"{backbone_name}.{norms[0]}".lstrip(".") if norms else None
+
+
+def _sub_block(probes: list[LayerProbe], kind: str) -> SubBlock | None:
+    """Return the sub-block that all layers agree on; None: the family then runs as it is, unchanged."""
+    found: set[tuple[SubBlock, ...]] = {getattr(probe, kind) for probe in probes}
+    if len(found) != 1 or len(next(iter(found))) != 1:
+        return None
+    return next(iter(found))[0]
+
+
+def _the_one(values: set[int], config: PreTrainedConfig, what: str) -> int:
+    if len(values) != 1:
+        raise FamilyError(
+            f"{config.model_type} has several {what}: {sorted(values)}; this is not supported so far"
+        )
+    return values.pop()

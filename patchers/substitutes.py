@@ -1,0 +1,189 @@
+"""What stands in the place of a submodule that was removed, replaced by a linear layer, or is not owned.
+
+A removed attention still counts tokens. `Cache.get_seq_length()` and the mask code ask one layer's cache slot
+for all; were that the slot of a removed attention, it would say 0 for ever and cached decoding would be
+silently wrong. So every substitute of an attention writes a placeholder of `[batch, 1, tokens, 1]` into its
+slot: two numbers per token and layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from patchers.errors import PartialModelError
+
+
+def returned(hidden_states: torch.Tensor, arity: int) -> Any:
+    """Return `hidden_states` in the form in which a family's module returns it.
+
+    Args:
+        hidden_states: The tensor that the caller will use.
+        arity: 0 for a bare tensor, else the length of the tuple that it heads.
+    """
+    return hidden_states if arity == 0 else (hidden_states, *[None] * (arity - 1))
+
+
+def hidden_states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the hidden states among the arguments of a call: the first one, or the one of that name."""
+    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+
+
+def count_tokens(layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Write a placeholder for the tokens of a call into a layer's cache slot, if the call carries a cache.
+
+    Args:
+        layer_idx: The layer's true index in the model.
+        args: The positional arguments of the call.
+        kwargs: The others.
+    """
+    batch, tokens = hidden_states_of(args, kwargs).shape[:2]
+    for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
+        placeholder = hidden_states_of(args, kwargs).new_zeros(batch, 1, tokens, 1)
+        cache.update(placeholder, placeholder, layer_idx)
+
+
+class NoAttention(nn.Module):
+    """A removed attention: adds nothing to the residual stream, and counts tokens."""
+
+    def __init__(self, layer_idx: int, arity: int) -> None:
+        super().__init__()
+        self.layer_idx, self.arity = layer_idx, arity
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros like the hidden states `[batch, tokens, hidden]`."""
+        count_tokens(self.layer_idx, args, kwargs)
+        return returned(torch.zeros_like(hidden_states_of(args, kwargs)), self.arity)
+
+    def extra_repr(self) -> str:
+        """Say which layer this is."""
+        return f"layer_idx={self.layer_idx}"
+
+
+class LinearAttention(NoAttention):
+    """An attention replaced by one linear layer, `linear_attn.weight` of shape `(hidden, hidden)`."""
+
+    def __init__(self, hidden_size: int, layer_idx: int, arity: int) -> None:
+        super().__init__(layer_idx, arity)
+        self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the linear image of the hidden states `[batch, tokens, hidden]`."""
+        count_tokens(self.layer_idx, args, kwargs)
+        return returned(self.linear_attn(hidden_states_of(args, kwargs)), self.arity)
+
+
+class NoFFN(nn.Module):
+    """A removed FFN: adds nothing to the residual stream."""
+
+    def __init__(self, arity: int) -> None:
+        super().__init__()
+        self.arity = arity
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros like the hidden states `[batch, tokens, hidden]`."""
+        return returned(torch.zeros_like(hidden_states_of(args, kwargs)), self.arity)
+
+
+class LinearFFN(NoFFN):
+    """An FFN replaced by one linear layer, `linear_mlp.weight` of shape `(hidden, hidden)`."""
+
+    def __init__(self, hidden_size: int, arity: int) -> None:
+        super().__init__(arity)
+        self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the linear image of the hidden states `[batch, tokens, hidden]`."""
+        return returned(self.linear_mlp(hidden_states_of(args, kwargs)), self.arity)
+
+
+class NoNorm(nn.Module):
+    """The norm of a removed sub-block: passes on what it is given, which nobody reads."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return `hidden_states`."""
+        return hidden_states
+
+
+class Unowned(nn.Module):
+    """The stub of a module that this shard does not own: it holds no storage.
+
+    The meta module that it replaces is kept aside, outside of the module tree, because some families read
+    plain attributes of every layer (`attention_type`, `block_type`). Called, it raises, until a pipeline
+    stage has armed it (`armed`): then it does what lets the family's own forward run past it.
+    """
+
+    def __init__(self, original: nn.Module, name: str) -> None:
+        super().__init__()
+        self.__dict__["_original"] = original
+        self.name, self.armed = name, False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_original" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_original"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Pass the input on when armed.
+
+        Raises:
+            PartialModelError: This shard is being used as if it were the whole model.
+        """
+        if not self.armed:
+            raise PartialModelError(
+                f"this shard does not own {self.name}, so it cannot be called like a whole model. Run it as "
+                "a stage of a pipeline over the ranks, or load the whole model: "
+                "load_and_shard_model(descriptor, path, owned_block_indexes=set(range(num_hidden_layers)))"
+            )
+        return self.pass_on(*args, **kwargs)
+
+    def pass_on(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the first argument."""
+        return hidden_states_of(args, kwargs)
+
+    def extra_repr(self) -> str:
+        """Say what is not owned."""
+        return self.name
+
+
+class UnownedBlock(Unowned):
+    """The stub of a block: armed, it passes the hidden states on and counts tokens in its cache slot."""
+
+    def __init__(self, original: nn.Module, name: str, layer_idx: int, arity: int) -> None:
+        super().__init__(original, name)
+        self.layer_idx, self.arity = layer_idx, arity
+
+    def pass_on(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the hidden states in the layer's own return form."""
+        count_tokens(self.layer_idx, args, kwargs)
+        return returned(hidden_states_of(args, kwargs), self.arity)
+
+
+class UnownedEmbedding(Unowned):
+    """The stub of the input embedding: armed, it gives zeros, for a received tensor to replace."""
+
+    def pass_on(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return zeros `[batch, tokens, hidden]` in the embedding's dtype, on the ids' device."""
+        weight = self.weight
+        return torch.zeros(*input_ids.shape, weight.shape[1], dtype=weight.dtype, device=input_ids.device)
+
+
+@contextmanager
+def armed(model: nn.Module) -> Iterator[None]:
+    """Let the stubs of a partial shard be called, as a pipeline stage does around its own forward."""
+    stubs = [module for module in model.modules() if isinstance(module, Unowned) and not module.armed]
+    try:
+        for stub in stubs:
+            stub.armed = True
+        yield
+    finally:
+        for stub in stubs:
+            stub.armed = False

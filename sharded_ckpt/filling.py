@@ -1,0 +1,214 @@
+"""The two ways in which tensors of a checkpoint reach the parameters of a shard.
+
+*Direct*: they are assigned as they are. Fast, and open only to families whose checkpoints are known by test
+    to have
+the names, shapes and dtypes of the modules. *Converted*: transformers' own loader does it, with its renames,
+fused experts and dtype rules, on a throwaway subclass that cuts itself down to the shard before it is filled;
+nothing global is patched. Both end in the same tail.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from patchers.deci_x import AnyBlockConfig, deci_x_patcher
+from patchers.descriptor import ModelDescriptor
+from patchers.errors import CheckpointError, MissingKeysError
+from patchers.names import fold
+from sharded_ckpt.model import create_local_shard_
+from sharded_ckpt.plan import LoadPlan
+
+_PLAIN_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+
+def cast_rule(wanted: Mapping[str, torch.dtype]) -> Callable[[str, torch.dtype], torch.dtype]:
+    """Return the dtype that each tensor is to have, given the one it has in the file.
+
+    Only plain floating-point numbers are ever cast. Integers stay what they are; quantised floats (fp8) are
+    refused, since their scales would be lost.
+    """
+
+    def rule(key: str, found: torch.dtype) -> torch.dtype:
+        asked = wanted.get(key, found)
+        if asked == found or not asked.is_floating_point:
+            return found
+        if found not in _PLAIN_FLOATS:
+            raise CheckpointError(
+                f"{key} is {found} in the checkpoint, and the model wants {asked}: a quantised tensor is "
+                "not cast blindly. Dequantise the checkpoint first"
+            )
+        return asked
+
+    return rule
+
+
+def check_shapes(
+    plan: LoadPlan, model: nn.Module, entries: Mapping[str, Any], files: Mapping[str, str]
+) -> None:
+    """Compare the shapes in the files' headers with those of the model, before anything is read.
+
+    Raises:
+        CheckpointError: They differ; it names key, file and both shapes.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    wrong = [
+        f"{key} in {files[key]} has shape {tuple(entries[key].shape)}, the model wants {shapes[name]}"
+        for name, key in plan.sources.items()
+        if tuple(entries[key].shape) != shapes[name]
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise CheckpointError(
+            f"{len(wrong)} tensors do not fit the model: {'; '.join(wrong[:4])}{more}. The config may "
+            "describe other blocks than the files hold: patchers.infer_block_configs reads the block "
+            "configs off the tensor shapes"
+        )
+
+
+def fill_directly(
+    model: PreTrainedModel, plan: LoadPlan, tensors: Mapping[str, torch.Tensor]
+) -> tuple[str, ...]:
+    """Assign tensors to the shard's parameters and buffers, then tie what the plan ties.
+
+    Args:
+        model: A shard on meta.
+        plan: Which key feeds what.
+        tensors: By key, in their final dtype and on their final device.
+
+    Returns:
+        The names that the config calls tied, but whose values differ.
+    """
+    with collector_paused():
+        modules = dict(model.named_modules())
+        for name, key in plan.sources.items():
+            owner, _, attribute = name.rpartition(".")
+            _assign(modules[owner], attribute, tensors[key])
+    return _tie(model, plan)
+
+
+def fill_converted(
+    descriptor: ModelDescriptor,
+    config: PreTrainedConfig,
+    block_configs: Sequence[AnyBlockConfig] | None,
+    owned: set[int],
+    state: Mapping[str, torch.Tensor],
+    options: dict[str, Any],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Let transformers' own loader build and fill the shard.
+
+    Args:
+        descriptor: Of the family.
+        config: Of the whole model.
+        block_configs: In place of what the config says.
+        owned: The blocks of the shard.
+        state: The tensors that the shard needs, by checkpoint key.
+        options: Further arguments of `from_pretrained`.
+
+    Returns:
+        The shard, and transformers' loading info.
+    """
+    native = descriptor.model_class
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        native.__init__(self, config, *args, **kwargs)
+        create_local_shard_(self, owned, descriptor)
+
+    names = {"__init__": __init__, "__module__": native.__module__, "__qualname__": native.__qualname__}
+    throwaway = type(native.__name__, (native,), names)
+    with deci_x_patcher(descriptor, block_configs), _no_bar_of_transformers():
+        model, info = throwaway.from_pretrained(
+            None, config=config, state_dict=dict(state), output_loading_info=True, **options
+        )
+    model.__class__ = native
+    if info["missing_keys"]:
+        raise MissingKeysError(f"the checkpoint has no tensors for {fold(info['missing_keys'])}")
+    if info["mismatched_keys"]:
+        raise CheckpointError(f"tensors do not fit the model: {sorted(info['mismatched_keys'])}")
+    return model, info
+
+
+@contextmanager
+def _no_bar_of_transformers() -> Iterator[None]:
+    """Keep transformers' own bar away: it counts tensors on every rank, ours counts bytes on one."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies), as transformers itself does."""
+    modules = dict(model.named_modules())
+    owners = {}
+    for name, buffer in model.named_non_persistent_buffers():
+        owner, _, attribute = name.rpartition(".")
+        modules[owner]._buffers[attribute] = torch.empty_like(buffer, device=device)
+        owners[owner] = modules[owner]
+    with torch.no_grad():
+        for module in owners.values():
+            _initialise_unloaded(model, module)
+
+
+def check_complete(model: nn.Module, device: torch.device) -> None:
+    """Make sure that nothing the shard owns was left without a value.
+
+    Raises:
+        CheckpointError: A parameter or buffer is on meta or on another device.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    empty = [name for name, tensor in tensors if tensor.is_meta]
+    if empty:
+        raise CheckpointError(f"these were left without a value: {fold(empty)}; please report this")
+    astray = [name for name, tensor in tensors if tensor.device.type != device.type]
+    if astray:
+        raise CheckpointError(f"these are not on {device}: {fold(astray)}; please report this")
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Pause the cyclic garbage collector: with 10^5 small objects in the making it doubles the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _assign(module: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
+    if attribute in module._parameters:
+        parameter = nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        module._parameters[attribute] = parameter
+    else:
+        module._buffers[attribute] = tensor
+
+
+def _tie(model: PreTrainedModel, plan: LoadPlan) -> tuple[str, ...]:
+    untied = []
+    for target, source in plan.tied:
+        kept = model.get_parameter(source)
+        if plan.sources[target] == plan.sources[source] or torch.equal(model.get_parameter(target), kept):
+            owner, _, attribute = target.rpartition(".")
+            model.get_submodule(owner)._parameters[attribute] = kept
+        else:
+            model.all_tied_weights_keys.pop(target, None)
+            untied.append(target)
+    return tuple(untied)
+
+
+def _initialise_unloaded(model: PreTrainedModel, module: nn.Module) -> None:
+    """Give a module's unloaded buffers their values; what was loaded carries a mark and is left alone."""
+    model._init_weights(module)

@@ -1,0 +1,296 @@
+"""One load of one shard, step by step: prepare (nothing is read), fill, finish."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from patchers.deci_x import AnyBlockConfig
+from patchers.descriptor import ModelDescriptor
+from patchers.errors import CheckpointError, ConfigError
+from patchers.families import PLAIN_FAMILIES
+from patchers.names import fold
+from sharded_ckpt.checkpoint.reader import CheckpointReader, open_checkpoint
+from sharded_ckpt.checkpoint.tensors import dtype_of
+from sharded_ckpt.config import load_model_config
+from sharded_ckpt.filling import (
+    cast_rule,
+    check_complete,
+    check_shapes,
+    fill_buffers,
+    fill_converted,
+    fill_directly,
+)
+from sharded_ckpt.load_report import LoadReport
+from sharded_ckpt.model import build_skeleton, create_local_shard_
+from sharded_ckpt.ownership import check_ownership, plan_ownership
+from sharded_ckpt.plan import LoadPlan, ModelNames, keys_of_blocks, plan_load
+from sharded_ckpt.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a shard is to be loaded. See `sharded_ckpt.load_and_shard_model`."""
+
+    descriptor: ModelDescriptor | str = "auto"
+    owned: Iterable[int] | str = "auto"
+    config: PreTrainedConfig | None = None
+    block_configs: Sequence[AnyBlockConfig] | None = None
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+    strict: bool = True
+    materialize: bool = False
+    route: str = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+def open_loader(
+    location: str | os.PathLike[str], where: Mapping[str, Any], options: LoadOptions, runtime: Runtime
+) -> ShardLoader:
+    """Open a checkpoint and prepare a load; again, if a save replaces the checkpoint meanwhile."""
+    for _ in range(_ATTEMPTS):
+        reader = open_checkpoint(location, **where)
+        loader = ShardLoader(reader, options, runtime)
+        try:
+            loader.prepare()
+            return loader
+        except CheckpointError:
+            if not reader.source.changed():
+                raise
+            logger.info("%s was replaced while it was opened; opening it again", location)
+    raise CheckpointError(
+        f"{location} is replaced faster than it can be opened; wait until its writer is done"
+    )
+
+
+@dataclass
+class ShardLoader:
+    """The state of one load. The steps are called in order: `prepare`, `fill`, `finish`."""
+
+    reader: CheckpointReader
+    options: LoadOptions
+    runtime: Runtime
+    started: float = field(default_factory=time.perf_counter)
+
+    def prepare(self) -> None:
+        """Build the skeleton, decide what is owned, check that the files can feed it. Reads only headers."""
+        self.source, self.index = self.reader.source, self.reader.index
+        self.config = self._config()
+        self.descriptor = ModelDescriptor.of(self.options.descriptor, self.config)
+        self.route = self._route()
+        self.dtype = self._dtype()
+        self.device = torch.device(self.options.device or self.runtime.device)
+        self.shard = build_skeleton(
+            self.descriptor,
+            self.config,
+            self.dtype,
+            self.options.block_configs,
+            self.options.attn_implementation,
+        )
+        whole, ties = list(self.shard.state_dict()), dict(self.shard.all_tied_weights_keys)
+        self.owned = self._owned()
+        create_local_shard_(self.shard, self.owned, self.descriptor)
+        self.plan = self._plan(whole, ties)
+        self.keys = list(dict.fromkeys(self.plan.sources.values()))
+        self.entries = self.reader.headers(self.keys)
+        self.nbytes = sum(entry.nbytes for entry in self.entries.values())
+        if self.route == "direct":
+            check_shapes(self.plan, self.shard, self.entries, self.index.weight_map)
+        self.ahead = self.reader.prefetch(self.keys)
+
+    def fill(self, progress: Callable[[int], None] | None = None) -> None:
+        """Read the tensors of this shard, and nothing else, into it.
+
+        Args:
+            progress: Told each number of bytes read.
+        """
+        self.progress = progress
+        if self.route == "direct":
+            tensors = self._read(cast_rule(self._wanted_dtypes()))
+            self.untied = fill_directly(self.shard, self.plan, tensors)
+            fill_buffers(self.shard, self.device)
+        else:
+            self.untied = ()
+            self.shard = self._fill_converted()
+
+    def finish(self) -> PreTrainedModel:
+        """Give the shard what transformers gives a loaded model, check it, and attach the report."""
+        model = self.shard.eval()
+        model.config.name_or_path = model.name_or_path = self.source.location
+        self._generation_config(model)
+        check_complete(model, self.device)
+        model.load_report = self._report(model)  # type: ignore[assignment]
+        if not model.load_report:
+            logger.warning("%s", model.load_report)
+        return model
+
+    def _config(self) -> PreTrainedConfig:
+        given = self.options.config
+        if given is None:
+            return load_model_config(self.source, trust_remote_code=self.options.trust_remote_code)
+        if not isinstance(given, PreTrainedConfig):
+            raise ConfigError(f"model_config is a transformers config, not {type(given).__name__}")
+        return copy.deepcopy(given)
+
+    def _route(self) -> str:
+        """Choose the way in: direct where it is known to be exact."""
+        quantised = getattr(self.config, "quantization_config", None) is not None
+        plain = self.descriptor.family in PLAIN_FAMILIES and not quantised
+        if self.options.route == "direct" and not plain:
+            raise ConfigError(
+                f"{self.descriptor.family} checkpoints are not known to need no conversion; use "
+                "route='converted'"
+            )
+        if self.options.route not in ("auto", "direct", "converted"):
+            raise ConfigError(f"route is 'auto', 'direct' or 'converted', not {self.options.route!r}")
+        return ("direct" if plain else "converted") if self.options.route == "auto" else self.options.route
+
+    def _dtype(self) -> torch.dtype:
+        """Return the dtype asked for, else the config's, else that of the first float in the files."""
+        for dtype in (self.options.dtype, self.config.dtype):
+            if dtype is not None and dtype != "auto":
+                return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        file, keys = next(iter(self.index.by_file().items()))
+        entries = self.reader.headers(keys)
+        found = (dtype_of(key, entry, file) for key, entry in entries.items())
+        return next((dtype for dtype in found if dtype.is_floating_point), torch.get_default_dtype())
+
+    def _owned(self) -> set[int]:
+        count = self.config.num_hidden_layers
+        if self.options.owned != "auto":
+            return check_ownership(self.options.owned, count)  # type: ignore[arg-type]
+        costs = block_bytes(self.shard, self.descriptor)
+        plan = plan_ownership(costs.blocks, self.runtime.world_size, first=costs.embedding, last=costs.head)
+        return set(plan.blocks[self.runtime.global_rank])
+
+    def _plan(self, whole: list[str], ties: dict[str, str]) -> LoadPlan:
+        if self.descriptor.family not in PLAIN_FAMILIES:
+            hinted = keys_of_blocks(self.index.keys(), self.owned, self.config.num_hidden_layers)
+            return LoadPlan({key: key for key in hinted})
+        names = ModelNames(
+            whole=whole,
+            owned=list(self.shard.state_dict()),
+            ties=ties,
+            prefix=self.shard.base_model_prefix,
+            ignorable=_ignorable(self.shard),
+        )
+        plan = plan_load(names, self.index.keys(), self.index.location)
+        if plan.unexpected and self.options.strict:
+            raise CheckpointError(_unexpected_text(plan.unexpected, self.index.location))
+        return plan
+
+    def _found_dtype(self, key: str) -> torch.dtype:
+        return dtype_of(key, self.entries[key], self.index.weight_map[key])
+
+    def _wanted_dtypes(self) -> dict[str, torch.dtype]:
+        made = self.shard.state_dict(keep_vars=True)
+        return {key: made[name].dtype for name, key in self.plan.sources.items()}
+
+    def _read(self, dtype: Any) -> Mapping[str, torch.Tensor]:
+        return self.reader.read(
+            self.keys,
+            device=self.device,
+            dtype=dtype,
+            materialize=self.options.materialize,
+            progress=self.progress,
+        )
+
+    def _fill_converted(self) -> PreTrainedModel:
+        tensors = self._read(None)
+        state = {name: tensors[key] for name, key in self.plan.sources.items()}
+        options: dict[str, Any] = {"dtype": self.dtype}
+        if self.device.type != "cpu":
+            options["device_map"] = {"": self.device}
+        if self.options.attn_implementation is not None:
+            options["attn_implementation"] = self.options.attn_implementation
+        model, info = fill_converted(
+            self.descriptor, self.config, self.options.block_configs, self.owned, state, options
+        )
+        spare = tuple(sorted(info["unexpected_keys"]))
+        if spare and self.options.strict:
+            raise CheckpointError(_unexpected_text(spare, self.index.location))
+        return model
+
+    def _generation_config(self, model: PreTrainedModel) -> None:
+        """Read the generation config; without it, eos and temperature would change silently."""
+        if not model.can_generate():
+            return
+        if self.source.exists("generation_config.json"):
+            folder = self.source.local_path("generation_config.json").parent
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        else:
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+
+    def _report(self, model: PreTrainedModel) -> LoadReport:
+        tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        return LoadReport(
+            location=self.source.location,
+            blocks=tuple(sorted(self.owned)),
+            num_blocks=self.config.num_hidden_layers,
+            tensors=len(self.plan.sources),
+            nbytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+            seconds=time.perf_counter() - self.started,
+            route=self.route,
+            unexpected=self.plan.unexpected,
+            ignored=self.plan.ignored,
+            cast=self._casts(model),
+            cast_asked=self.options.dtype is not None,
+            tied=tuple(target for target, _ in self.plan.tied if target not in self.untied),
+            untied=self.untied,
+        )
+
+    def _casts(self, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
+        made = model.state_dict(keep_vars=True)
+        casts: dict[str, list[str]] = {}
+        for name, key in self.plan.sources.items():
+            found = self._found_dtype(key)
+            if name in made and made[name].dtype != found:
+                casts.setdefault(f"{found} -> {made[name].dtype}".replace("torch.", ""), []).append(name)
+        return {kind: tuple(names) for kind, names in casts.items()}
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """How many bytes the parts of a model take: each block, the embedding, and what the last rank holds."""
+
+    blocks: tuple[int, ...]
+    embedding: int
+    head: int
+
+
+def block_bytes(model: PreTrainedModel, descriptor: ModelDescriptor) -> ModelBytes:
+    """Measure a whole model (on meta, say) by its parameters and buffers. A tied head counts twice."""
+    blocks = [_nbytes(block) for block in model.get_submodule(descriptor.layers)]
+    ends = [name for name in (descriptor.final_norm, descriptor.head) if name is not None]
+    head = sum(_nbytes(model.get_submodule(name)) for name in ends)
+    return ModelBytes(tuple(blocks), _nbytes(model.get_submodule(descriptor.embedding)), head)
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def _ignorable(model: PreTrainedModel) -> str:
+    patterns = set(model._keys_to_ignore_on_load_unexpected or ()) | {r"rotary_emb\.inv_freq$"}
+    return "|".join(f"(?:{pattern})" for pattern in sorted(patterns))
+
+
+def _unexpected_text(keys: Sequence[str], location: str) -> str:
+    return (
+        f"{location} has {len(keys)} tensors that the model does not want: {fold(keys)}. If the config "
+        "removes their blocks on purpose, pass strict=False; else the config may describe another model "
+        "than the files"
+    )

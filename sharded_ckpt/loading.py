@@ -1,0 +1,215 @@
+"""From a checkpoint on disk (or on the hub) to a shard in memory.
+
+torch and transformers are imported inside of the functions: the files are validated and read ahead while
+those imports, which take seconds, are still to come.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from patchers.names import block_of
+from sharded_ckpt.checkpoint.coordinator import together
+from sharded_ckpt.progress import byte_progress
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from patchers.deci_x import AnyBlockConfig
+    from patchers.descriptor import ModelDescriptor
+    from sharded_ckpt.checkpoint.index import CheckpointIndex
+    from sharded_ckpt.runtime import Runtime
+
+Route = Literal["auto", "direct", "converted"]
+PathOrId = str | os.PathLike[str]
+
+
+def load_and_shard_model(
+    descriptor: ModelDescriptor | str,
+    checkpoint_path: PathOrId,
+    owned_block_indexes: Iterable[int] | Literal["auto"] = "auto",
+    model_config: PreTrainedConfig | None = None,
+    *,
+    runtime: Runtime | Any = None,
+    block_configs: Sequence[AnyBlockConfig] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    strict: bool = True,
+    materialize: bool = False,
+    route: Route = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: PathOrId | None = None,
+    local_files_only: bool = False,
+    progress: bool | Callable[[int], None] | None = None,
+) -> PreTrainedModel:
+    """Load the blocks that this rank owns of a (heterogeneous) checkpoint into the native class.
+
+    Only the bytes of those blocks are read; on the CPU they are not even copied, but mapped. Ranks load
+    together: if any of them fails, all raise the same error.
+
+    Args:
+        descriptor: A `ModelDescriptor`, the name of a family, or `"auto"`.
+        checkpoint_path: A directory, a file in it, a hub id, or a URL.
+        owned_block_indexes: The blocks of this rank. `"auto"` deals them out in contiguous runs such that the
+            largest rank is as small as possible, in bytes.
+        model_config: In place of the checkpoint's config.json.
+        runtime: Where we are. By default torch.distributed says, or this is the only process.
+        block_configs: One entry a block, in place of what the config says.
+        dtype: To cast floating-point tensors to. By default what the checkpoint says.
+        device: Where the shard is to be; by default where the runtime is.
+        strict: Whether tensors that the model does not want are an error. Missing ones always are.
+        materialize: Copy everything into memory, instead of mapping the files: for training, for network file
+            systems, and where others may change the files in place.
+        route: `"direct"` or `"converted"` (through transformers' own loader), see `sharded_ckpt.filling`.
+        attn_implementation: As in `from_pretrained`.
+        trust_remote_code: Whether code in the checkpoint may be run.
+        revision: Of a hub id.
+        token: For the hub.
+        cache_dir: Where downloads are kept.
+        local_files_only: Never reach for the network.
+        progress: Whether to show a bar of the bytes read; by default on the main rank of a terminal. Or a
+            function that is told each number of bytes read.
+
+    Returns:
+        The native class in eval mode; `model.load_report` says what was done. Whole, it is a normal model. A
+        partial shard raises when it is called or saved like a whole one.
+
+    Raises:
+        CheckpointError: The files are broken, or do not fit the model.
+        MissingKeysError: Tensors that are needed are not there.
+        ConfigError: The config, the block configs or an argument is wrong.
+        CollectiveError: On all ranks, when some of several failed.
+
+    Example:
+        >>> model = load_and_shard_model("auto", "path/to/checkpoint", {0, 1, 2})  # doctest: +SKIP
+        >>> print(model.load_report)  # doctest: +SKIP
+    """
+    where = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    hint = _read_ahead(checkpoint_path, owned_block_indexes, where)
+    from sharded_ckpt.loader import LoadOptions, open_loader
+    from sharded_ckpt.runtime import as_runtime
+
+    options = LoadOptions(
+        descriptor=descriptor,
+        owned=owned_block_indexes,
+        config=model_config,
+        block_configs=block_configs,
+        dtype=dtype,
+        device=device,
+        strict=strict,
+        materialize=materialize,
+        route=route,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    here = as_runtime(runtime)
+    with together(here.control, f"planning the load of {os.fspath(checkpoint_path)}"):
+        loader = open_loader(checkpoint_path, where, options, here)
+    with together(here.control, f"loading {os.fspath(checkpoint_path)}"):
+        with byte_progress(progress, loader.nbytes, here.is_main_process) as count:
+            loader.fill(count)
+        model = loader.finish()
+    del hint  # the disk may stop reading ahead
+    return model
+
+
+def load_sharded_state_dict(
+    model_name_or_path: PathOrId,
+    keys_to_load: Iterable[str] | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    allow_missing: bool = False,
+    dtype: torch.dtype | None = None,
+    materialize: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: PathOrId | None = None,
+    local_files_only: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Load tensors of a checkpoint by key.
+
+    Only the shards that hold the keys are opened, and `n` keys cost O(n).
+
+    Args:
+        model_name_or_path: A directory, a file in it, a hub id, or a URL.
+        keys_to_load: Any iterable of keys; None loads everything.
+        device: Where the tensors are to be. On the CPU they are views of the mapped files.
+        allow_missing: Whether keys that the checkpoint lacks may be left out of the result.
+        dtype: To cast floating-point tensors to; None leaves all as they are.
+        materialize: Copy into memory instead of mapping.
+        revision: Of a hub id.
+        token: For the hub.
+        cache_dir: Where downloads are kept.
+        local_files_only: Never reach for the network.
+
+    Returns:
+        The tensors by key.
+
+    Raises:
+        MissingKeysError: The checkpoint lacks keys, and `allow_missing` is off.
+        CheckpointError: The files are broken.
+        TypeError: `keys_to_load` is one string.
+    """
+    if isinstance(keys_to_load, str):
+        raise TypeError(f"keys_to_load is an iterable of keys, not one string: pass [{keys_to_load!r}]")
+    from sharded_ckpt.checkpoint.reader import open_checkpoint
+    from sharded_ckpt.filling import cast_rule
+
+    wanted = None if keys_to_load is None else list(dict.fromkeys(keys_to_load))
+    options = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    present: list[str] = []
+
+    def choose(index: CheckpointIndex) -> list[str]:
+        present[:] = [key for key in (index.keys() if wanted is None else wanted) if key in index]
+        return present if allow_missing or wanted is None else wanted
+
+    reader = open_checkpoint(model_name_or_path, choose, **options)
+    rule = None if dtype is None else cast_rule(dict.fromkeys(present, dtype))
+    return reader.read(present, device=device, dtype=rule, materialize=materialize)
+
+
+def is_in_safetensors_format(checkpoint_dir: PathOrId) -> bool:
+    """Whether a directory holds safetensors weights: shards under an index, or a single file.
+
+    Example:
+        >>> import tempfile
+        >>> is_in_safetensors_format(tempfile.gettempdir() + "/no/such/directory")
+        False
+    """
+    folder = Path(checkpoint_dir)
+    return folder.is_dir() and any(
+        entry.name.endswith((".safetensors", ".safetensors.index.json")) for entry in folder.iterdir()
+    )
+
+
+def _read_ahead(location: PathOrId, owned: Iterable[int] | str, where: Mapping[str, Any]) -> object:
+    """Let the disk start on the blocks that were asked for, by a guess from their names that decides nothing.
+
+    Whatever is wrong here is found again by the load itself, which can tell the other ranks.
+    """
+    from sharded_ckpt.checkpoint.reader import open_checkpoint
+
+    if isinstance(owned, str) or not isinstance(owned, Collection):
+        return None
+    with suppress(Exception):
+        reader = open_checkpoint(location, **where)
+        return reader.prefetch([key for key in reader.index if block_of(key) in owned])
+    return None

@@ -1,0 +1,187 @@
+"""Building a heterogeneous model without storage, and cutting it down to the blocks that one rank owns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from patchers.deci_x import AnyBlockConfig, deci_x_patcher
+from patchers.descriptor import ModelDescriptor
+from patchers.errors import PartialModelError
+from patchers.substitutes import Unowned, UnownedBlock, UnownedEmbedding
+from sharded_ckpt.ownership import check_ownership
+from sharded_ckpt.runtime import as_runtime
+from sharded_ckpt.surgery import set_submodule
+
+
+def create_sharded_model(
+    runtime: Any,
+    descriptor: ModelDescriptor | str,
+    model_config: PreTrainedConfig,
+    owned_block_indexes: Iterable[int],
+    device: torch.device | str | None = "meta",
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    block_configs: Sequence[AnyBlockConfig] | None = None,
+) -> PreTrainedModel:
+    """Build a model of which this rank owns some blocks.
+
+    Args:
+        runtime: Where we are; None for the default.
+        descriptor: A `ModelDescriptor`, the name of a family, or `"auto"`.
+        model_config: The config of the whole model; it is not changed.
+        owned_block_indexes: The blocks to keep; all others become stubs without storage.
+        device: `"meta"` for a skeleton to be filled. On any other device the owned parts are newly
+            initialised, as transformers initialises a new model. None takes the runtime's.
+        dtype: Of the parameters. None takes the config's.
+        block_configs: One entry a block, in place of what the config says.
+
+    Returns:
+        The native class, in eval mode.
+
+    Raises:
+        OwnershipError: An index is no block of this model.
+        ConfigError: The descriptor does not fit the config.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+        >>> shard = create_sharded_model(None, "llama", config, {1, 2})
+        >>> sorted({name.split(".")[2] for name, _ in shard.named_parameters()})
+        ['1', '2']
+    """
+    runtime = as_runtime(runtime)
+    descriptor = ModelDescriptor.of(descriptor, model_config)
+    owned = check_ownership(owned_block_indexes, model_config.num_hidden_layers)
+    model = build_skeleton(descriptor, model_config, dtype, block_configs)
+    create_local_shard_(model, owned, descriptor, runtime)
+    device = torch.device(runtime.device if device is None else device)
+    return model if device.type == "meta" else _initialise(model, device)
+
+
+def create_local_shard_(
+    model: PreTrainedModel,
+    owned_block_indexes: Iterable[int],
+    descriptor: ModelDescriptor | str,
+    runtime: Any = None,
+) -> PreTrainedModel:
+    """Cut a model down, in place, to the blocks that this rank owns.
+
+    The first block's owner keeps the input embedding, the last one's the final norm and the head. What is not
+    owned becomes a stub: it holds no storage, and raises when the shard is called like a whole model.
+
+    Args:
+        model: A native model, on meta or with weights.
+        owned_block_indexes: The blocks to keep.
+        descriptor: A `ModelDescriptor`, the name of a family, or `"auto"`.
+        runtime: Accepted for symmetry with the other verbs; nothing here depends on it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        OwnershipError: An index is no block of this model.
+    """
+    descriptor = ModelDescriptor.of(descriptor, model.config)
+    count = model.config.num_hidden_layers
+    owned = check_ownership(owned_block_indexes, count)
+    for index in sorted(set(range(count)) - owned):
+        _replace(
+            model, descriptor.block_name(index), UnownedBlock, layer_idx=index, arity=descriptor.layer_arity
+        )
+    if 0 not in owned:
+        _replace(model, descriptor.embedding, UnownedEmbedding)
+    if count - 1 not in owned:
+        for name in filter(None, (descriptor.final_norm, descriptor.head)):
+            _replace(model, name, Unowned)
+    if not {0, count - 1} <= owned:
+        _forget_ties(model)
+    if len(owned) < count:
+        _refuse_to_save(model)
+    return model
+
+
+def build_skeleton(
+    descriptor: ModelDescriptor,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None = None,
+    block_configs: Sequence[AnyBlockConfig] | None = None,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """Build the whole heterogeneous model on the meta device, in eval mode; the config is not changed."""
+    options: dict[str, Any] = (
+        {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    )
+    with deci_x_patcher(descriptor, block_configs), torch.device("meta"), _NoInitialisation():
+        model = descriptor.model_class._from_config(
+            copy.deepcopy(config), dtype=dtype or config.dtype, **options
+        )
+    return model.eval()
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips `torch.nn.init` and the fills behind it: on meta they only take time."""
+
+    _FILLS = frozenset({torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.fill_, torch.Tensor.zero_})
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init" or function in self._FILLS:
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return function(*args, **(kwargs or {}))
+
+
+def _initialise(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    model.to_empty(device=device)
+    model.initialize_weights()
+    model.tie_weights(recompute_mapping=False)
+    return model
+
+
+def _replace(model: PreTrainedModel, name: str, stub: type[Unowned], **options: Any) -> None:
+    original = model.get_submodule(name)
+    if not isinstance(original, Unowned):
+        set_submodule(model, name, stub(_without_storage(original), name, **options))
+
+
+def _without_storage(module: nn.Module) -> nn.Module:
+    """Return a copy on meta: the module may be in use elsewhere, and its storage must not stay alive."""
+    tensors = [*module.parameters(), *module.buffers()]
+    if all(tensor.is_meta for tensor in tensors):
+        return module
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        twin = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = (
+            nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+        )
+    return copy.deepcopy(module, memo)
+
+
+def _forget_ties(model: PreTrainedModel) -> None:
+    """A shard without both ends has nothing to tie; a later `tie_weights()` would turn its head into meta."""
+    model.all_tied_weights_keys = {}
+    model._tied_weights_keys = None
+
+
+class _Refusal:
+    """Stands in for a method that would be wrong on a partial shard; a class, so that the shard pickles."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise PartialModelError(self.message)
+
+
+def _refuse_to_save(model: PreTrainedModel) -> None:
+    model.save_pretrained = _Refusal(  # type: ignore[method-assign]
+        "this shard owns only some of the blocks: save_pretrained would write an incomplete checkpoint as "
+        "if it were whole. Use sharded_ckpt.save_sharded_model(model_shard, '<dir>/model.safetensors') on "
+        "every rank"
+    )

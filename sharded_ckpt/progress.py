@@ -1,0 +1,35 @@
+"""One bar for long work, in bytes: on the main rank, on a terminal, and never unasked elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def byte_progress(
+    wanted: bool | Callable[[int], None] | None, total: int, is_main: bool
+) -> Iterator[Callable[[int], None] | None]:
+    """Yield what is to be told each number of bytes done, or None.
+
+    Args:
+        wanted: True or False; None for a terminal's main rank unless `HF_HUB_DISABLE_PROGRESS_BARS` is set;
+            or a function of the caller's own.
+        total: Bytes to be done.
+        is_main: Whether this is the main rank.
+    """
+    if callable(wanted):
+        yield wanted
+        return
+    if wanted is None:
+        from huggingface_hub.utils import are_progress_bars_disabled
+
+        wanted = sys.stderr.isatty() and not are_progress_bars_disabled()
+    if not (wanted and is_main):
+        yield None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="loading") as bar:
+        yield bar.update
