@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Collection
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -201,6 +202,7 @@ def _serve(pipe: Connection, rank: int, log: str) -> None:
     os.dup2(output, 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which ends its ranks
     atexit._clear()  # what the server would do at its own exit
+    weakref.finalize._registered_with_atexit = False
     answer = _answer(pipe, rank)
     try:
         message = pickle.dumps(answer)
