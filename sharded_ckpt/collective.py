@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from patchers.errors import CollectiveError, ConfigError
-
 from sharded_ckpt.agreement import Agreement, silence_of
 from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.store_thread import StoreLostError

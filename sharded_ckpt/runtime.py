@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from patchers.errors import ConfigError
-
 from sharded_ckpt.checkpoint.coordinator import Coordinator, Solo
 from sharded_ckpt.collective import TIMEOUT, control_group
 
