@@ -1,0 +1,203 @@
+"""The one way by which anything is saved: whole, or not at all.
+
+All ranks stage their files in a private place; nobody else sees them. When all are through and well, rank 0
+gives the shards their numbers, writes the indexes, and puts everything in the place of the directory in one
+step (`commit`). Whatever fails before that, on any rank, leaves what was there untouched; who dies leaves
+litter that the next save removes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from patchers.errors import CheckpointError, CollectiveError, ConfigError
+from patchers.names import fold_indices
+from sharded_ckpt.checkpoint import workspace
+from sharded_ckpt.checkpoint.commit import Publication
+from sharded_ckpt.checkpoint.contents import Contents, RankRecord
+from sharded_ckpt.checkpoint.coordinator import Coordinator, Solo
+from sharded_ckpt.checkpoint.journal import STAGE
+from sharded_ckpt.checkpoint.stage import Transaction
+from sharded_ckpt.checkpoint.storage import LocalStorage, PathLike
+from sharded_ckpt.checkpoint.tree import make_parents, write_small
+from sharded_ckpt.checkpoint.workspace import Workspace
+
+__all__ = ["Transaction", "transaction"]
+
+VISIBLE_WITHIN: Final = 5.0
+"""Seconds in which what one rank made must be visible to the others; network file systems cache names."""
+
+
+@contextmanager
+def transaction(
+    directory: PathLike,
+    coordinator: Coordinator | None = None,
+    *,
+    durable: bool = True,
+    manifest: bool = False,
+    overwrite: bool = True,
+    plan: Any = None,
+    storage: LocalStorage | None = None,
+) -> Iterator[Transaction]:
+    """Save to a directory: all of what is written inside, or nothing, on all ranks alike.
+
+    A directory that does not exist appears whole. In one that exists, files that the save neither writes nor
+    supersedes stay. Readers see the old state or the new one; files that they have open or mapped stay valid.
+    Work inside must not wait for other ranks: one that has failed would be waited for.
+
+    Args:
+        directory: Where to; all ranks must see the same one.
+        coordinator: The ranks that take part; a single process if not given.
+        durable: Whether the checkpoint must survive a power cut once this returns.
+        manifest: Whether to write `manifest.json`, with the size and SHA-256 of each file.
+        overwrite: Whether the directory may hold something already.
+        plan: Plain data on which all ranks must agree before anything is written.
+        storage: The file system; the local one if not given. It decides about `durable` then.
+
+    Yields:
+        Where this rank puts its files.
+
+    Raises:
+        CollectiveError: A rank failed; the same on all ranks. A single process raises the failure itself.
+        CheckpointError: Another save into the directory is under way, or what the ranks wrote does not fit.
+        OSError: The file system failed; the text says whether anything was published.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with transaction(f"{folder}/ckpt") as save:
+        ...         save.write_tensors({"weight": torch.zeros(2, 3)})
+        ...         save.write_json("config.json", {"model_type": "llama"})
+        ...     sorted(os.listdir(f"{folder}/ckpt"))
+        ['config.json', 'model-00001-of-00001.safetensors', 'model.safetensors.index.json']
+    """
+    coordinator = coordinator or Solo()
+    storage = storage or LocalStorage(durable=durable)
+    target = Path(os.path.realpath(directory))
+    in_use = _agree(coordinator, target, {"manifest": manifest, "overwrite": overwrite, "plan": plan})
+    space: Workspace | None = None
+    publication: Publication | None = None
+    try:
+        with _together(coordinator, f"preparing to save to {directory}"):
+            if coordinator.rank == 0:
+                space = _reserve(storage, target, overwrite=overwrite)
+        path = _meet(coordinator, storage, target, space)
+        with _together(coordinator, f"writing to {directory}"):
+            save = Transaction(path / STAGE, coordinator.rank, storage, digest=manifest)
+            yield save
+            write_small(storage, path / _record_name(coordinator.rank), save.close().to_json(), sync=False)
+        with _together(
+            coordinator, f"publishing {directory}", lambda: bool(publication and publication.published)
+        ):
+            if space is not None:
+                contents = Contents.merge(_read_records(storage, space.path, coordinator.world_size))
+                publication = Publication(storage, space, target, contents, manifest=manifest, in_use=in_use)
+                publication.publish()
+    finally:
+        if space is not None:
+            workspace.release(storage, space)
+
+
+def _agree(coordinator: Coordinator, target: Path, options: dict[str, Any]) -> str | None:
+    """Check that all ranks mean the same; return why the directory cannot be exchanged, if one knows why."""
+    said = coordinator.gather(
+        {"options": options, "inside": _works_in(target)}, f"agreeing on how to save to {target}"
+    )
+    for name in options:
+        ranks: dict[str, list[int]] = {}
+        for rank, words in enumerate(said):
+            ranks.setdefault(f"{words['options'][name]!r:.200}", []).append(rank)
+        if len(ranks) > 1:
+            views = "; ".join(f"{text} on rank {fold_indices(which)}" for text, which in ranks.items())
+            raise ConfigError(f"cannot save to {target}: the ranks disagree on `{name}`: {views}")
+    inside = [rank for rank, words in enumerate(said) if words["inside"]]
+    return f"it is the working directory of rank {fold_indices(inside)}" if inside else None
+
+
+def _works_in(target: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(target)
+    except FileNotFoundError:  # somebody has removed it
+        return False
+
+
+def _reserve(storage: LocalStorage, target: Path, *, overwrite: bool) -> Workspace:
+    if os.path.lexists(target) and not target.is_dir():
+        raise CheckpointError(f"{target}: cannot save here: expected a directory, found a file")
+    root = next(parent for parent in target.parents if os.path.lexists(parent))
+    make_parents(storage, root, str(target.relative_to(root)))
+    for parent in target.parents[1:]:
+        if root != target.parent and parent.is_relative_to(root):
+            storage.sync_directory(parent)
+    space = workspace.acquire(storage, target)
+    if not overwrite and target.is_dir() and [name for name in os.listdir(target) if name != space.path.name]:
+        workspace.release(storage, space)
+        raise CheckpointError(f"{target}: there is something already; save elsewhere, or with overwrite=True")
+    return space
+
+
+def _meet(coordinator: Coordinator, storage: LocalStorage, target: Path, space: Workspace | None) -> Path:
+    """Return the workspace of rank 0 on every rank, after checking that all see the very same one."""
+    mine = {"target": str(target), "owner": str(space.owner), "inside": space.inside} if space else None
+    first = coordinator.gather(mine, f"meeting in {target}")[0]
+    path = workspace.locate(target, inside=first["inside"])
+    with _together(coordinator, f"meeting in {target}"):
+        limit = time.monotonic() + (VISIBLE_WITHIN if str(target) == first["target"] else 0.0)
+        while str(workspace.owner_of(storage, path)) != first["owner"]:
+            if time.monotonic() > limit:
+                theirs = workspace.locate(Path(first["target"]), inside=first["inside"])
+                raise CheckpointError(
+                    f"{path}: rank {coordinator.rank} does not see what rank 0 has made at {theirs}: "
+                    "all ranks must save to the same directory, on a file system that they share"
+                )
+            time.sleep(0.05)
+    return path
+
+
+def _record_name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _read_records(storage: LocalStorage, path: Path, world_size: int) -> list[RankRecord]:
+    return [RankRecord.from_json(storage.read(path / _record_name(rank))) for rank in range(world_size)]
+
+
+@contextmanager
+def _together(
+    coordinator: Coordinator, doing: str, published: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Run rank-local work, then vote, also after an interrupt: nobody must be waited for in vain."""
+    error: BaseException | None = None
+    try:
+        yield
+    except GeneratorExit:
+        raise
+    except BaseException as caught:
+        error = _explain(caught, doing, published())
+    try:
+        coordinator.vote(error, doing)
+    except CollectiveError:
+        if error is None or isinstance(error, Exception):
+            raise
+        raise error from None  # an interrupt stays what it is
+
+
+def _explain(error: BaseException, doing: str, published: bool) -> BaseException:
+    """Say in an error of the system what it means for the checkpoint."""
+    if type(error).__module__ != "builtins" or not isinstance(error, OSError) or error.errno is None:
+        return error
+    state = (
+        "the new checkpoint is in place, whole"
+        if published
+        else "nothing was published, what was there stays"
+    )
+    told = OSError(
+        error.errno, f"{error.strerror} while {doing}; {state}", error.filename, None, error.filename2
+    )
+    told.__cause__ = error
+    return told
