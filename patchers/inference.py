@@ -6,7 +6,7 @@ Only names and shapes are needed, so the headers of safetensors files suffice.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from patchers.base_sizes import BaseSizes, FieldNames
@@ -100,16 +100,23 @@ def _refuse_beyond(blocks: Mapping[int, _Block], sizes: BaseSizes) -> None:
 
 def _infer_block(block: _Block, sizes: BaseSizes) -> BlockConfig:
     parts: dict[str, dict[TensorRole, Tensor]] = {}
-    modules: set[str] = set()
+    attention_modules: set[str] = set()
+    ffn_modules: set[str] = set()
+    untold: _Block = {}
     for name, tensor in block.items():
-        role = None if name.endswith("bias") else role_of(name)
-        if role is not None:
+        role = role_of(name)
+        if role is not None and not name.endswith("bias"):
             _add(parts.setdefault(role.part, {}), role, tensor)
+            modules = attention_modules if role.part == "attention" else ffn_modules
             modules.add(name.partition(".")[0])
+        elif len(tensor[1]) > 1:  # vectors are norms, biases and scales: they make no part on their own
+            untold[name] = tensor
     attention = {role.projection: tensor for role, tensor in parts.pop("attention", {}).items()}
     ffn = {role.projection: tensor for role, tensor in parts.pop("ffn", {}).items()}
-    if not attention or not (ffn or parts):
-        _refuse_untold(block, modules, "attention" if not attention else "FFN")
+    if not attention.keys() & {"k", "qkv", "linear"}:
+        _refuse_untold(untold, ffn_modules, "attention")
+    if not (ffn or parts):
+        _refuse_untold(untold, attention_modules, "FFN")
     if parts and ffn:
         raise BlockConfigError(f"{shown(ffn.values())} beside experts: a dense FFN and experts in one block")
     return BlockConfig(
@@ -124,18 +131,13 @@ def _add(part: dict[TensorRole, Any], role: TensorRole, tensor: Tensor) -> None:
     part[role] = tensor
 
 
-def _refuse_untold(block: _Block, modules: Iterable[str], part: str) -> None:
-    """Raise rather than take a part for gone when tensors are left that could be it."""
-    # Vectors are norms, biases and scales: they make no part on their own.
-    left = [
-        tensor
-        for name, tensor in block.items()
-        if len(tensor[1]) > 1 and name.partition(".")[0] not in modules
-    ]
+def _refuse_untold(untold: _Block, others: set[str], part: str) -> None:
+    """Raise rather than take a part for gone when tensors are left, outside other parts, that may be it."""
+    left = [tensor for name, tensor in untold.items() if name.partition(".")[0] not in others]
     if left:
         raise BlockConfigError(
-            f"no {part} that is known, but tensors that may be one: {shown(left)}; if they are another kind "
-            "of layer or packed (quantised) weights, give the block configs instead of inferring them"
+            f"no {part} of a known kind, but tensors that may be one: {shown(left)}; if they are another "
+            "kind of layer or packed (quantised) weights, give the block configs instead of inferring them"
         )
 
 

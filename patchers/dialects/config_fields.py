@@ -137,15 +137,14 @@ def _read_field(field: str, value: Any, dialect: Dialect, base: BaseSizes) -> li
         if not isinstance(value, Mapping):
             raise BlockConfigError(f"{field} must be a mapping of layers, found {type(value).__name__}")
         return _parse(value, base, Dialect.PER_LAYER)
+    blocks = _decoded(value) if field == MEGATRON_JSON else value
+    if not isinstance(blocks, list | tuple):
+        found = type(blocks).__name__
+        raise BlockConfigError(f"{BLOCK_CONFIGS} must be a list with one entry a layer, found {found}")
     if field == MEGATRON_JSON:
-        value = _decoded(value)
         # megatron-core reads the Nemotron-NAS notation in its own field, too.
-        dialect = dialect_of(value) or Dialect.MEGATRON
-    if not isinstance(value, list | tuple):
-        raise BlockConfigError(
-            f"{BLOCK_CONFIGS} must be a list with one entry a layer, found {type(value).__name__}"
-        )
-    return _parse(value, base, dialect)
+        dialect = dialect_of(blocks) or Dialect.MEGATRON
+    return _parse(blocks, base, dialect)
 
 
 def _decoded(text: Any) -> Any:
