@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 
-from sharded_ckpt.checkpoint.entry import TensorEntry
-from sharded_ckpt.checkpoint.shard import Shard
+from sharded_ckpt.checkpoint.shard import Plan, Progress, Shard
 from sharded_ckpt.checkpoint.tensors import dtype_of, shape_of
-
-Progress: TypeAlias = Callable[[int], object]
-"""Called with the number of bytes of the checkpoint that were read since the last call."""
 
 THREADS = 8
 CHUNK_BYTES = 4 * 2**20
@@ -29,9 +25,7 @@ class _Read(NamedTuple):
     buffers: list[memoryview]
 
 
-def copy_tensors(
-    plan: Iterable[tuple[Shard, Sequence[tuple[str, TensorEntry]]]], progress: Progress | None = None
-) -> dict[str, torch.Tensor]:
+def copy_tensors(plan: Plan, progress: Progress | None = None) -> dict[str, torch.Tensor]:
     """Read tensors into memory of their own; no file is mapped or needed afterwards.
 
     Args:
@@ -41,13 +35,13 @@ def copy_tensors(
     tensors: dict[str, torch.Tensor] = {}
     reads: list[_Read] = []
     for shard, items in plan:
-        if shard.is_local:
+        if shard.attach():
             shard.fileno()
         buffers = []
         for key, entry in items:
             raw = torch.empty(entry.nbytes, dtype=torch.uint8)
             tensors[key] = raw.view(dtype_of(key, entry, shard.file)).view(shape_of(entry))
-            buffers.append((entry.begin, memoryview(raw.numpy())))
+            buffers.append((entry.begin, raw.numpy().data))
         reads += _plan_reads(shard, buffers)
     _run(reads, progress)
     return tensors

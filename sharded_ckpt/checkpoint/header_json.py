@@ -8,20 +8,12 @@ from typing import Any, TypeAlias
 
 from patchers.errors import CheckpointError
 from sharded_ckpt.checkpoint.entry import DTYPE_BITS, UINT64_MAX, TensorEntry, nbytes_of, shorten
+from sharded_ckpt.checkpoint.strict_json import unique_names
 
 Parsed: TypeAlias = "tuple[dict[str, TensorEntry], dict[str, str]]"
 """The tensors and the metadata of a header."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is given twice")
-    return found
 
 
 def _natural(text: str) -> int:
@@ -35,7 +27,10 @@ def _refuse_number(text: str) -> Any:
 
 
 DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_int=_natural, parse_float=_refuse_number, parse_constant=_refuse_number
+    object_pairs_hook=unique_names,
+    parse_int=_natural,
+    parse_float=_refuse_number,
+    parse_constant=_refuse_number,
 )
 
 

@@ -11,8 +11,15 @@ from typing import Any
 from patchers.errors import CheckpointError, CheckpointNotFoundError, MissingKeysError
 from patchers.names import fold
 from sharded_ckpt.checkpoint.garbage import paused_collection
-from sharded_ckpt.checkpoint.header import Header, read_header
-from sharded_ckpt.checkpoint.source import INDEX_SUFFIX, TensorSource, check_name, parse_json
+from sharded_ckpt.checkpoint.header import Header
+from sharded_ckpt.checkpoint.rival import find_difference
+from sharded_ckpt.checkpoint.source import (
+    INDEX_SUFFIX,
+    TensorSource,
+    check_name,
+    parse_json,
+    read_source_header,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = SINGLE_FILE + INDEX_SUFFIX
@@ -109,9 +116,13 @@ def open_index(source: TensorSource) -> CheckpointIndex:
     with paused_collection():
         if source.entry is not None:
             return _read(source, source.entry)
-        for name in (INDEX_FILE, SINGLE_FILE):
-            if source.exists(name):
-                return _read(source, name)
+        if source.exists(INDEX_FILE):
+            index = _read(source, INDEX_FILE)
+            if SINGLE_FILE not in index.files and source.exists(SINGLE_FILE):
+                _refuse_rival(source, index)
+            return index
+        if source.exists(SINGLE_FILE):
+            return _read(source, SINGLE_FILE)
         return _discover(source)
 
 
@@ -141,13 +152,14 @@ def index_of_headers(
     return CheckpointIndex(location, weight_map, total, dict(metadata or {}))
 
 
-def read_source_header(source: TensorSource, name: str) -> Header:
-    """Read and check the header of one file of a checkpoint."""
-
-    def read(begin: int, end: int) -> bytes:
-        return source.read_bytes(name, begin, end)
-
-    return read_header(read, source.size(name), f"{source.location}/{name}")
+def _refuse_rival(source: TensorSource, index: CheckpointIndex) -> None:
+    """Raise if a single file beside the index says something else: some loaders would take that one."""
+    difference = find_difference(source, index, SINGLE_FILE)
+    if difference:
+        raise CheckpointError(
+            f"{source.location}: {INDEX_FILE} and {SINGLE_FILE} are two different checkpoints: {difference}; "
+            "delete the stale one (loaders differ in which they take), or give the path of the one meant"
+        )
 
 
 def _read(source: TensorSource, name: str) -> CheckpointIndex:

@@ -68,6 +68,10 @@ class LocalSource:
             raise self._unreadable(name, error) from error
         return True
 
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Return the files that do not exist."""
+        return [name for name in names if not self.exists(name)]
+
     def size(self, name: str) -> int:
         """Return how many bytes a file has."""
         return self._stat(name).st_size
@@ -96,6 +100,10 @@ class LocalSource:
         """Return the path of an existing file."""
         self._stat(name)
         return self.directory / name
+
+    def is_here(self, name: str) -> bool:
+        """Return True: all files are."""
+        return True
 
     def open(self, name: str) -> int:
         """Return a new file descriptor of a regular file; links are followed, the hub's cache has them."""

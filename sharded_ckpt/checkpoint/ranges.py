@@ -1,10 +1,8 @@
-"""Byte ranges of files: joined, cut, and asked for ahead of time."""
+"""Byte ranges of files: joined and cut."""
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
 Range: TypeAlias = "tuple[int, int]"
@@ -40,74 +38,3 @@ def cut(ranges: Iterable[Range], size: int) -> Iterator[Range]:
     for begin, end in ranges:
         for offset in range(begin, end, size):
             yield offset, min(offset + size, end)
-
-
-class ReadAhead:
-    """Brings byte ranges of local files into the page cache in the background. A hint: it changes no result.
-
-    One `MADV_WILLNEED` or `POSIX_FADV_WILLNEED` reads no more than the read-ahead window of the device, often
-    128 KiB, however long its range is (`force_page_cache_ra` in the kernel's mm/readahead.c), and many small
-    ones wait for the interpreter lock between each other. `sendfile` to the null device reads a long range in
-    one call, without that lock and without a copy.
-
-    Args:
-        jobs: File descriptors, which are closed here when all is done, with their ranges.
-        limit: Bytes after which to stop; half of the memory of the machine if not given.
-    """
-
-    _STEP = 8 * 2**20
-    _THREADS = 4
-
-    def __init__(self, jobs: Sequence[tuple[int, Sequence[Range]]], limit: int | None = None) -> None:
-        self._limit = _half_of_memory() if limit is None else limit
-        self._fds = [fd for fd, _ in jobs]
-        self._pieces = iter([(fd, piece) for fd, ranges in jobs for piece in cut(ranges, self._STEP)])
-        self._lock = threading.Lock()
-        self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        self._running = self._THREADS
-        self._threads = [
-            threading.Thread(target=self._run, name=f"read-ahead-{number}", daemon=True)
-            for number in range(self._THREADS)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def cancel(self) -> None:
-        """Stop after the pieces that are being read."""
-        with self._lock:
-            self._limit = 0
-
-    def wait(self) -> None:
-        """Return when all is read."""
-        for thread in self._threads:
-            thread.join()
-
-    def _next(self) -> tuple[int, Range] | None:
-        with self._lock:
-            piece = next(self._pieces, None) if self._limit > 0 else None
-            if piece is not None:
-                self._limit -= piece[1][1] - piece[1][0]
-            return piece
-
-    def _run(self) -> None:
-        try:
-            while (piece := self._next()) is not None:
-                fd, (begin, end) = piece
-                while begin < end and (count := os.sendfile(self._null, fd, begin, end - begin)):
-                    begin += count
-        except OSError:  # not every system and file system can; the data will be read when they are used
-            self.cancel()
-        finally:
-            self._finish()
-
-    def _finish(self) -> None:
-        with self._lock:
-            self._running -= 1
-            if self._running:
-                return
-        for fd in (*self._fds, self._null):
-            os.close(fd)
-
-
-def _half_of_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

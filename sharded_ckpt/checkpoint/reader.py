@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError
 from patchers.names import fold
 from sharded_ckpt.checkpoint.entry import TensorEntry
 from sharded_ckpt.checkpoint.garbage import paused_collection
 from sharded_ckpt.checkpoint.index import CheckpointIndex, open_index
-from sharded_ckpt.checkpoint.ranges import ReadAhead, coalesce
-from sharded_ckpt.checkpoint.shard import Shard
+from sharded_ckpt.checkpoint.ranges import coalesce
+from sharded_ckpt.checkpoint.read_ahead import ReadAhead
+from sharded_ckpt.checkpoint.shard import Plan, Progress, Shard
 from sharded_ckpt.checkpoint.source import TensorSource, open_source
+from sharded_ckpt.checkpoint.windows import Item
 
 if TYPE_CHECKING:
     import torch
 
-    from sharded_ckpt.checkpoint.copying import Progress
-
-    DtypeRule: TypeAlias = "torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None"
+    from sharded_ckpt.checkpoint.tensors import DtypeRule
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,6 @@ _MAX_OPEN_SHARDS = 128
 """Of the 1024 files that a process may have open; others are opened again when they are needed."""
 
 _ATTEMPTS = 5
-
-Items: TypeAlias = "list[tuple[str, TensorEntry]]"
 
 
 class CheckpointReader:
@@ -61,7 +59,7 @@ class CheckpointReader:
         """
         return {key: entry for _, items in self.plan(keys) for key, entry in items}
 
-    def plan(self, keys: Iterable[str] | None = None) -> list[tuple[Shard, Items]]:
+    def plan(self, keys: Iterable[str] | None = None) -> Plan:
         """Return the files that hold the tensors, opened, each with its tensors in file order."""
         with paused_collection():
             groups = self.index.by_file(keys)
@@ -76,7 +74,7 @@ class CheckpointReader:
         jobs = [
             (os.dup(shard.fileno()), coalesce((entry.begin, entry.end) for _, entry in items))
             for shard, items in self.plan(keys)
-            if shard.is_local
+            if shard.attach()
         ]
         return ReadAhead(jobs)
 
@@ -87,27 +85,64 @@ class CheckpointReader:
         device: torch.device | str | int = "cpu",
         dtype: DtypeRule = None,
         materialize: bool = False,
+        ring: bool = False,
         progress: Progress | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Read tensors, in file order."""
-        from sharded_ckpt.checkpoint.copying import copy_tensors
-        from sharded_ckpt.checkpoint.tensors import view_tensors
+        """Read tensors.
+
+        On the CPU nothing is copied unless it is asked for: a tensor lies in a private mapping of its file.
+        Changing it changes only this process's memory. The file must not be shortened while such tensors live
+        (the system would kill the process with SIGBUS): our saves never do that, they put new files in place
+        of old ones; where others may, or where files lie on a network, use `materialize`.
+
+        Args:
+            keys: Tensor names, all if not given.
+            device: Where the tensors go.
+            dtype: None keeps what the files have; a floating dtype casts tensors of ordinary floating dtypes
+                (quantized ones of one byte or less and integers stay); a function gets each name with the
+                dtype found and says which one to have.
+            materialize: Read into memory of their own, by several threads, instead of mapping.
+            ring: Carry the tensors through a ring of buffers on the CPU too, as for other devices.
+            progress: Called with the number of bytes done since the last call, possibly by several threads.
+
+        Returns:
+            The tensors in file order.
+
+        Raises:
+            MissingKeysError: The index has no such tensors.
+            CheckpointError: Files are missing, broken or changed meanwhile, or torch lacks a dtype of theirs.
+            ConfigError: `dtype` is not a floating one.
+        """
+        from sharded_ckpt.checkpoint.transfer import read_tensors
 
         plan = self.plan(keys)
-        with paused_collection():
-            tensors: dict[str, torch.Tensor] = {}
-            if materialize or not all(shard.is_local for shard, _ in plan):
-                tensors = copy_tensors(plan, progress)
-            else:
-                for shard, items in plan:
-                    tensors.update(view_tensors(shard.map()[0], items, shard.file))
-        for key, tensor in tensors.items():
-            target = dtype(key, tensor.dtype) if callable(dtype) else dtype
-            plain = callable(dtype) or (tensor.is_floating_point() and tensor.dtype.itemsize > 1)
-            if target is not None and plain:
-                tensors[key] = tensor.to(target)
-            tensors[key] = tensors[key].to(device)
-        return tensors
+        self.source.ensure(shard.name for shard, _ in plan)
+        return read_tensors(
+            plan, device=device, dtype=dtype, materialize=materialize, ring=ring, progress=progress
+        )
+
+    def iter_tensors(
+        self, keys: Iterable[str] | None = None, *, dtype: DtypeRule = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors on the CPU one by one, in file order, to build something of them.
+
+        Each lies in a mapping of a few megabytes (or of itself, if it is larger) that goes when its tensors
+        go: what is copied from and dropped takes no memory, what is kept or changed stays as it is.
+
+        Args:
+            keys: As for `read`.
+            dtype: As for `read`.
+
+        Example:
+            >>> fused = torch.empty(len(experts), *shape)  # doctest: +SKIP
+            >>> for key, tensor in reader.iter_tensors(experts):  # doctest: +SKIP
+            ...     fused[experts.index(key)] = tensor
+        """
+        from sharded_ckpt.checkpoint.transfer import iter_tensors
+
+        plan = self.plan(keys)
+        self.source.ensure(shard.name for shard, _ in plan)
+        return iter_tensors(plan, dtype=dtype)
 
     def close(self) -> None:
         """Close the files. Tensors that were read stay valid, and files are opened again when needed."""
@@ -117,15 +152,15 @@ class CheckpointReader:
     def _open(self, groups: dict[str, list[str]]) -> None:
         """Open the files that are not open yet; all that do not exist are named in one error."""
         new = [file for file in groups if file not in self._shards]
-        missing = [file for file in new if not self.source.exists(file)]
-        if missing:
+        if missing := self.source.missing(new):
             raise self._missing(missing, groups)
-        self.source.ensure(new)
         for file in new:
             self._shards[file] = shard = Shard(self.source, file)
             if len(self._shards) > _MAX_OPEN_SHARDS:
                 shard.close()
             self._compare(file, shard)
+        if new and len(self._shards) == len(self.index.files):
+            self._compare_size()
 
     def _missing(self, missing: list[str], groups: dict[str, list[str]]) -> CheckpointNotFoundError:
         names = set(self.source.names())
@@ -149,7 +184,23 @@ class CheckpointReader:
                 fold(others),
             )
 
-    def _entries(self, file: str, keys: list[str]) -> Items:
+    def _compare_size(self) -> None:
+        stated = self.index.total_size
+        found = sum(
+            self._shards[file].header.tensors[key].nbytes
+            for key, file in self.index.weight_map.items()
+            if key in self._shards[file].header.tensors
+        )
+        if stated is not None and stated != found:
+            logger.warning(
+                "%s/%s: total_size is %d bytes, the tensors have %d",
+                self.source.location,
+                self.index.file,
+                stated,
+                found,
+            )
+
+    def _entries(self, file: str, keys: list[str]) -> list[Item]:
         tensors = self._shards[file].header.tensors
         try:
             items = [(key, tensors[key]) for key in keys]
@@ -163,7 +214,7 @@ class CheckpointReader:
         return items
 
 
-def _begin(item: tuple[str, TensorEntry]) -> int:
+def _begin(item: Item) -> int:
     return item[1].begin
 
 

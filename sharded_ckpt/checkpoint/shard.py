@@ -6,11 +6,17 @@ import mmap
 import os
 import sys
 import weakref
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from patchers.errors import CheckpointError
 from sharded_ckpt.checkpoint.header import Header, read_header
-from sharded_ckpt.checkpoint.local import identity_of
+from sharded_ckpt.checkpoint.local import Identity, identity_of
 from sharded_ckpt.checkpoint.source import TensorSource
+from sharded_ckpt.checkpoint.windows import Items
+
+Progress: TypeAlias = Callable[[int], object]
+"""Called with the number of bytes of the checkpoint that were read since the last call."""
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 
@@ -31,25 +37,23 @@ class Shard:
         self.source = source
         self.name = name
         self.file = f"{source.location}/{name}"
-        fd = source.open(name)
         self._fd = -1
         self._close: weakref.finalize[[int], Shard] | None = None
-        if fd is None:
-            self.header: Header = read_header(self._fetch, source.size(name), self.file)
+        self._identity: Identity | None = None
+        if self.attach():
+            self.header: Header = read_header(self._pread, os.fstat(self._fd).st_size, self.file)
         else:
-            self._adopt(fd)
-            status = os.fstat(fd)
-            self._identity = identity_of(status)
-            self.header = read_header(self._pread, status.st_size, self.file)
+            self.header = read_header(self._fetch, source.size(name), self.file)
 
-    def _adopt(self, fd: int | None) -> None:
-        if fd is not None:
+    def attach(self) -> bool:
+        """Open the file if it is on this machine, and return whether it is."""
+        if self._close is None or not self._close.alive:
+            fd = self.source.open(self.name)
+            if fd is None:
+                return False
             self._fd, self._close = fd, weakref.finalize(self, os.close, fd)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the file can be mapped."""
-        return self._close is not None
+            self._identity = self._identity or identity_of(os.fstat(fd))
+        return True
 
     def close(self) -> None:
         """Close the file; it is opened again if it is needed, and must be the same one then."""
@@ -62,11 +66,10 @@ class Shard:
         Raises:
             CheckpointError: Another file has taken its place since the header was read, or it was changed.
         """
-        if self._close is None:
+        if not self.attach():
             raise CheckpointError(f"{self.file}: not a local file")
-        if not self._close.alive:
-            self._adopt(self.source.open(self.name))
-        if identity_of(os.fstat(self._fd)) != self._identity:
+        status = os.fstat(self._fd)
+        if identity_of(status) != self._identity or status.st_size != self.header.file_size:
             raise CheckpointError(f"{self.file}: the file was changed while it was read; load again")
         return self._fd
 
@@ -112,7 +115,7 @@ class Shard:
 
     def _read_some(self, buffers: list[memoryview], offset: int) -> int:
         try:
-            if self._close is not None:
+            if self._close is not None and self._close.alive:
                 return os.preadv(self._fd, buffers, offset)
             chunk = self._fetch(offset, offset + len(buffers[0]))
         except OSError as error:
@@ -125,3 +128,7 @@ class Shard:
 
     def _fetch(self, begin: int, end: int) -> bytes:
         return self.source.read_bytes(self.name, begin, end)
+
+
+Plan: TypeAlias = Sequence[tuple[Shard, Items]]
+"""Files with the tensors wanted of each, in file order."""

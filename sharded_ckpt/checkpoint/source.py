@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -11,7 +10,19 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError
+from sharded_ckpt.checkpoint.header import Header, read_header
 from sharded_ckpt.checkpoint.local import LocalSource
+from sharded_ckpt.checkpoint.strict_json import parse_json
+
+__all__ = [
+    "INDEX_SUFFIX",
+    "TensorSource",
+    "check_name",
+    "open_source",
+    "parse_json",
+    "read_json",
+    "read_source_header",
+]
 
 INDEX_SUFFIX = ".index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -36,6 +47,9 @@ class TensorSource(Protocol):
     def exists(self, name: str) -> bool:
         """Return whether there is such a file; a remote source may have to ask."""
 
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Return the files that do not exist, asking once for all."""
+
     def size(self, name: str) -> int:
         """Return how many bytes a file has."""
 
@@ -48,8 +62,11 @@ class TensorSource(Protocol):
     def local_path(self, name: str) -> Path:
         """Return a path where other libraries find the file; downloads it if it is not here."""
 
+    def is_here(self, name: str) -> bool:
+        """Return whether the bytes of a file are on this machine."""
+
     def open(self, name: str) -> int | None:
-        """Return a new file descriptor of a regular local file, None if the bytes must be fetched."""
+        """Return a new file descriptor of a regular file, None if it is not on this machine (yet)."""
 
     def changed(self) -> bool:
         """Return whether the location shows other files now than those that were read."""
@@ -67,8 +84,8 @@ def open_source(
 
     Args:
         location: A directory; a `.safetensors` or `.index.json` file in one; a Hugging Face hub id such as
-            `org/name` (`hf://org/name` where a directory of that name is in the way); or a URL that fsspec
-            knows, such as `s3://bucket/folder`. What exists here is never looked up elsewhere.
+            `org/name` (or `hf://org/name`, also with `@revision` and `/file`); or a URL that fsspec knows,
+            such as `s3://bucket/folder`. What exists here is never looked up elsewhere.
         revision: Branch, tag or commit of a hub id.
         token: For hub ids that need one, as huggingface_hub takes it.
         cache_dir: Where downloads go instead of the usual cache.
@@ -79,8 +96,14 @@ def open_source(
         CheckpointError: It is a file of another kind.
     """
     text = os.fspath(location)
+    hub = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
     if text.startswith("hf://"):
-        return _open_hub(text.removeprefix("hf://"), revision, token, cache_dir, local_files_only)
+        return _open_hub(text.removeprefix("hf://"), **hub)
     if "://" in text and not text.startswith("file://"):
         from sharded_ckpt.checkpoint.remote import RemoteSource
 
@@ -90,7 +113,7 @@ def open_source(
         return local
     if not isinstance(location, str) or _looks_like_path(text):
         raise CheckpointNotFoundError(f"{text}: no such file or directory{_similar(Path(text))}")
-    return _open_hub(text, revision, token, cache_dir, local_files_only)
+    return _open_hub(text, **hub)
 
 
 def _open_local(text: str) -> LocalSource | None:
@@ -124,18 +147,12 @@ def _similar(path: Path) -> str:
     return f"; did you mean {' or '.join(str(parent / name) for name in close)}?" if close else ""
 
 
-def _open_hub(
-    repo: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-) -> TensorSource:
+def _open_hub(text: str, **options: Any) -> TensorSource:
     from sharded_ckpt.checkpoint.hub import HubSource
 
-    return HubSource(
-        repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    owner, _, rest = text.partition("/")
+    name, _, entry = rest.partition("/")
+    return HubSource(f"{owner}/{name}" if name else owner, entry=entry or None, **options)
 
 
 def check_name(name: Any, where: str) -> str:
@@ -187,28 +204,10 @@ def read_json(source: TensorSource, name: str, *, limit: int = 64 * 2**20) -> An
     return parse_json(source.read_bytes(name), where)
 
 
-def parse_json(raw: bytes, where: str) -> Any:
-    """Parse JSON in which no object gives a name twice.
+def read_source_header(source: TensorSource, name: str) -> Header:
+    """Read and check the header of one file of a checkpoint, and fetch no more of it."""
 
-    Args:
-        raw: UTF-8.
-        where: Begin of the error: the file.
-    """
-    try:
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
-    except RecursionError:
-        raise CheckpointError(f"{where}: JSON nested too deep") from None
-    except ValueError as error:
-        hint = ""
-        if raw.startswith(b"version https://git-lfs"):
-            hint = "; it is a git-LFS pointer: run `git lfs pull` in its folder"
-        raise CheckpointError(f"{where}: not valid JSON: {error}{hint}") from None
+    def read(begin: int, end: int) -> bytes:
+        return source.read_bytes(name, begin, end)
 
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} is given twice")
-    return found
+    return read_header(read, source.size(name), f"{source.location}/{name}")

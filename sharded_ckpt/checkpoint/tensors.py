@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
+from typing import TypeAlias
 
 import torch
 
-from patchers.errors import CheckpointError
+from patchers.errors import CheckpointError, ConfigError
 from sharded_ckpt.checkpoint.entry import TensorEntry, shorten
+from sharded_ckpt.checkpoint.windows import Item, Items
+
+DtypeRule: TypeAlias = "torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None"
 
 _TORCH_NAMES = {
     "BOOL": "bool",
@@ -68,12 +72,18 @@ def shape_of(entry: TensorEntry) -> tuple[int, ...]:
 
 
 def view_tensors(
-    mapping: mmap.mmap, items: Iterable[tuple[str, TensorEntry]], file: str
+    buffer: mmap.mmap | memoryview, items: Iterable[tuple[str, TensorEntry]], file: str, base: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Make tensors that lie in a mapping of a whole file; they keep it alive, and nothing is read.
+    """Make tensors that lie in a mapping; they keep it alive, and nothing is read.
 
-    Each tensor has a storage of its own, so that pickling one does not write the whole file. A tensor at an
-    offset that its dtype cannot view is copied.
+    Each tensor has a storage of its own, so that pickling one does not write the whole file, and nobody takes
+    neighbours for tied tensors. A tensor at an offset that its dtype cannot view is copied.
+
+    Args:
+        buffer: The bytes of the file from `base` on.
+        items: The tensors.
+        file: The name of the file in errors.
+        base: Offset in the file, a multiple of the size of any dtype.
     """
     tensors: dict[str, torch.Tensor] = {}
     frombuffer = torch.frombuffer
@@ -81,14 +91,55 @@ def view_tensors(
         dtype = torch_dtype(entry.dtype) or dtype_of(key, entry, file)
         name, shape, begin, end = entry
         size = dtype.itemsize
+        offset = begin - base
         if name == "F4":
             shape = shape_of(entry)
         if begin == end:
             tensors[key] = torch.empty(shape, dtype=dtype)
-        elif begin % size:
-            tensors[key] = frombuffer(bytearray(mapping[begin:end]), dtype=dtype).view(shape)
+        elif offset % size:
+            copy = bytearray(buffer[offset : end - base])
+            tensors[key] = frombuffer(copy, dtype=dtype).view(shape)
         else:
-            tensors[key] = frombuffer(mapping, dtype=dtype, count=(end - begin) // size, offset=begin).view(
-                shape
-            )
+            count = (end - begin) // size
+            tensors[key] = frombuffer(buffer, dtype=dtype, count=count, offset=offset).view(shape)
     return tensors
+
+
+class Casting:
+    """What dtype each tensor shall have.
+
+    Args:
+        rule: None: that of the file. A floating dtype: for tensors of an ordinary floating dtype (those of
+            one byte or less are quantized, integers are no weights: both stay). A function of name and dtype.
+
+    Raises:
+        ConfigError: A dtype that is not a floating one.
+    """
+
+    _ORDINARY = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+    def __init__(self, rule: DtypeRule) -> None:
+        if isinstance(rule, torch.dtype) and rule not in self._ORDINARY:
+            raise ConfigError(
+                f"dtype={rule}: expected one of {', '.join(map(str, self._ORDINARY))}, "
+                "or a function of name and dtype"
+            )
+        self._rule = rule
+
+    def target(self, key: str, found: torch.dtype) -> torch.dtype:
+        """Return the dtype that a tensor shall have."""
+        if self._rule is None:
+            return found
+        if isinstance(self._rule, torch.dtype):
+            return self._rule if found in self._ORDINARY else found
+        return self._rule(key, found)
+
+    def split(self, items: Items, file: str) -> tuple[list[Item], list[Item]]:
+        """Return the tensors that stay as they are in the file, and those that are cast."""
+        if self._rule is None:
+            return list(items), []
+        parts: tuple[list[Item], list[Item]] = ([], [])
+        for key, entry in items:
+            found = dtype_of(key, entry, file)
+            parts[self.target(key, found) is not found].append((key, entry))
+        return parts
