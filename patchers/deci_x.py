@@ -14,25 +14,27 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.integrations import heterogeneity
 
 from patchers.activation import patched_init
 from patchers.base_sizes import FieldNames
 from patchers.block_config import BlockConfig
 from patchers.descriptor import ModelDescriptor, SubBlock
-from patchers.dialects import parse_blocks, read_block_configs
+from patchers.dialects import Dialect, parse_blocks, read_block_configs
 from patchers.errors import BlockConfigError, FamilyError, PatchError
 from patchers.layer_config import base_config, layer_config
 from patchers.measure import built_block
 from patchers.substitutes import LinearAttention, LinearFFN, NoAttention, NoFFN, NoNorm
 
 _INDEX_ARGUMENTS = ("layer_idx", "layer_id", "idx", "layer_number", "layer_index", "i")
-AnyBlockConfig = BlockConfig | Mapping[str, Any]
+BlockConfigs = Sequence[BlockConfig | Mapping[str, Any]] | Mapping[Any, Any]
+"""One entry a block, a `BlockConfig` or a dict in any dialect; or the sparse mapping of per_layer_config."""
 
 
 @contextmanager
 def deci_x_patcher(
     model_descriptor: ModelDescriptor | PreTrainedConfig | str,
-    block_configs: Sequence[AnyBlockConfig] | None = None,
+    block_configs: BlockConfigs | None = None,
 ) -> Iterator[None]:
     """Build heterogeneous layers out of the native decoder layer class, within this context.
 
@@ -63,14 +65,12 @@ def deci_x_patcher(
         torch.Size([16, 32])
     """
     descriptor = ModelDescriptor.of(model_descriptor)
-    patcher = _Patcher(descriptor, None if block_configs is None else list(block_configs))
+    patcher = _Patcher(descriptor, block_configs)
     with patched_init(descriptor.layer_classes, patcher.build):
         yield
 
 
-def blocks_of(
-    config: PreTrainedConfig, asked: Sequence[AnyBlockConfig] | None = None
-) -> list[BlockConfig] | None:
+def blocks_of(config: PreTrainedConfig, asked: BlockConfigs | None = None) -> list[BlockConfig] | None:
     """Return one block config a layer: those asked for, else those that the config says, else None.
 
     Raises:
@@ -79,17 +79,24 @@ def blocks_of(
     return _parsed(config.to_dict(), asked)
 
 
-def _parsed(base: Mapping[str, Any], asked: Sequence[AnyBlockConfig] | None) -> list[BlockConfig] | None:
+def _transformers_builds_them() -> bool:
+    """Whether this transformers has the modelling half of per_layer_config too, not the config half alone."""
+    return hasattr(heterogeneity, "apply_heterogeneous_modeling")
+
+
+def _parsed(base: Mapping[str, Any], asked: BlockConfigs | None) -> list[BlockConfig] | None:
     if asked is not None:
         return parse_blocks(asked, base)
     found = read_block_configs(base)
-    return None if found is None else found[0]
+    if found is None or (found[1] is Dialect.PER_LAYER and _transformers_builds_them()):
+        return None
+    return found[0]
 
 
 class _Patcher:
     """Builds the layers of one `deci_x_patcher` block."""
 
-    def __init__(self, descriptor: ModelDescriptor, asked: list[AnyBlockConfig] | None) -> None:
+    def __init__(self, descriptor: ModelDescriptor, asked: BlockConfigs | None) -> None:
         self.descriptor, self.asked = descriptor, asked
         self._known: tuple[PreTrainedConfig, Any, dict[str, Any], list[BlockConfig] | None] | None = None
         self._building: set[int] = set()
@@ -225,4 +232,4 @@ def _verify(layer: nn.Module, wanted: BlockConfig, base: Mapping[str, Any], inde
             )
 
 
-__all__ = ["AnyBlockConfig", "blocks_of", "deci_x_patcher"]
+__all__ = ["BlockConfigs", "blocks_of", "deci_x_patcher"]

@@ -10,7 +10,7 @@ nothing global is patched. Both end in the same tail.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from patchers.deci_x import AnyBlockConfig, deci_x_patcher
+from patchers.deci_x import BlockConfigs, deci_x_patcher
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import CheckpointError, MissingKeysError
 from patchers.names import fold
@@ -82,22 +82,19 @@ def fill_directly(
         model: A shard on meta.
         plan: Which key feeds what.
         tensors: By key, in their final dtype and on their final device.
-
-    Returns:
-        The names that the config calls tied, but whose values differ.
     """
     with collector_paused():
         modules = dict(model.named_modules())
         for name, key in plan.sources.items():
             owner, _, attribute = name.rpartition(".")
             _assign(modules[owner], attribute, tensors[key])
-    return _tie(model, plan)
+    _tie(model, plan)
 
 
 def fill_converted(
     descriptor: ModelDescriptor,
     config: PreTrainedConfig,
-    block_configs: Sequence[AnyBlockConfig] | None,
+    block_configs: BlockConfigs | None,
     owned: set[int],
     state: Mapping[str, torch.Tensor],
     options: dict[str, Any],
@@ -196,8 +193,8 @@ def _assign(module: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
         module._buffers[attribute] = tensor
 
 
-def _tie(model: PreTrainedModel, plan: LoadPlan) -> tuple[str, ...]:
-    untied = []
+def _tie(model: PreTrainedModel, plan: LoadPlan) -> None:
+    """Tie what the config calls tied, if the files agree; else keep both, as transformers does."""
     for target, source in plan.tied:
         kept = model.get_parameter(source)
         if plan.sources[target] == plan.sources[source] or torch.equal(model.get_parameter(target), kept):
@@ -205,8 +202,6 @@ def _tie(model: PreTrainedModel, plan: LoadPlan) -> tuple[str, ...]:
             model.get_submodule(owner)._parameters[attribute] = kept
         else:
             model.all_tied_weights_keys.pop(target, None)
-            untied.append(target)
-    return tuple(untied)
 
 
 def _initialise_unloaded(model: PreTrainedModel, module: nn.Module) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from patchers.deci_x import AnyBlockConfig
+from patchers.deci_x import BlockConfigs
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import CheckpointError, ConfigError
 from patchers.families import PLAIN_FAMILIES
@@ -47,7 +47,7 @@ class LoadOptions:
     descriptor: ModelDescriptor | str = "auto"
     owned: Iterable[int] | str = "auto"
     config: PreTrainedConfig | None = None
-    block_configs: Sequence[AnyBlockConfig] | None = None
+    block_configs: BlockConfigs | None = None
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
     strict: bool = True
@@ -100,10 +100,10 @@ class ShardLoader:
             self.options.block_configs,
             self.options.attn_implementation,
         )
-        whole, ties = list(self.shard.state_dict()), dict(self.shard.all_tied_weights_keys)
+        whole, self.ties = list(self.shard.state_dict()), dict(self.shard.all_tied_weights_keys)
         self.owned = self._owned()
         create_local_shard_(self.shard, self.owned, self.descriptor)
-        self.plan = self._plan(whole, ties)
+        self.plan = self._plan(whole)
         self.keys = list(dict.fromkeys(self.plan.sources.values()))
         self.entries = self.reader.headers(self.keys)
         self.nbytes = sum(entry.nbytes for entry in self.entries.values())
@@ -120,10 +120,9 @@ class ShardLoader:
         self.progress = progress
         if self.route == "direct":
             tensors = self._read(cast_rule(self._wanted_dtypes()))
-            self.untied = fill_directly(self.shard, self.plan, tensors)
+            fill_directly(self.shard, self.plan, tensors)
             fill_buffers(self.shard, self.device)
         else:
-            self.untied = ()
             self.shard = self._fill_converted()
 
     def finish(self) -> PreTrainedModel:
@@ -160,7 +159,7 @@ class ShardLoader:
 
     def _dtype(self) -> torch.dtype:
         """Return the dtype asked for, else the config's, else that of the first float in the files."""
-        for dtype in (self.options.dtype, self.config.dtype):
+        for dtype in (self.options.dtype, self.runtime.dtype, self.config.dtype):
             if dtype is not None and dtype != "auto":
                 return getattr(torch, dtype) if isinstance(dtype, str) else dtype
         file, keys = next(iter(self.index.by_file().items()))
@@ -176,14 +175,14 @@ class ShardLoader:
         plan = plan_ownership(costs.blocks, self.runtime.world_size, first=costs.embedding, last=costs.head)
         return set(plan.blocks[self.runtime.global_rank])
 
-    def _plan(self, whole: list[str], ties: dict[str, str]) -> LoadPlan:
+    def _plan(self, whole: list[str]) -> LoadPlan:
         if self.descriptor.family not in PLAIN_FAMILIES:
             hinted = keys_of_blocks(self.index.keys(), self.owned, self.config.num_hidden_layers)
             return LoadPlan({key: key for key in hinted})
         names = ModelNames(
             whole=whole,
             owned=list(self.shard.state_dict()),
-            ties=ties,
+            ties=self.ties,
             prefix=self.shard.base_model_prefix,
             ignorable=_ignorable(self.shard),
         )
@@ -236,6 +235,8 @@ class ShardLoader:
 
     def _report(self, model: PreTrainedModel) -> LoadReport:
         tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        made = dict(model.named_parameters(remove_duplicate=False))
+        ties = [pair for pair in self.ties.items() if set(pair) <= set(made)]
         return LoadReport(
             location=self.source.location,
             blocks=tuple(sorted(self.owned)),
@@ -247,9 +248,9 @@ class ShardLoader:
             unexpected=self.plan.unexpected,
             ignored=self.plan.ignored,
             cast=self._casts(model),
-            cast_asked=self.options.dtype is not None,
-            tied=tuple(target for target, _ in self.plan.tied if target not in self.untied),
-            untied=self.untied,
+            cast_asked=(self.options.dtype or self.runtime.dtype) is not None,
+            tied=tuple(name for name, partner in ties if made[name] is made[partner]),
+            untied=tuple(name for name, partner in ties if made[name] is not made[partner]),
         )
 
     def _casts(self, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:

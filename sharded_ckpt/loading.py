@@ -7,7 +7,7 @@ those imports, which take seconds, are still to come.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from patchers.deci_x import AnyBlockConfig
+    from patchers.deci_x import BlockConfigs
     from patchers.descriptor import ModelDescriptor
     from sharded_ckpt.checkpoint.index import CheckpointIndex
     from sharded_ckpt.runtime import Runtime
@@ -36,7 +36,7 @@ def load_and_shard_model(
     model_config: PreTrainedConfig | None = None,
     *,
     runtime: Runtime | Any = None,
-    block_configs: Sequence[AnyBlockConfig] | None = None,
+    block_configs: BlockConfigs | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     strict: bool = True,

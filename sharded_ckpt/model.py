@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from patchers.deci_x import AnyBlockConfig, deci_x_patcher
+from patchers.deci_x import BlockConfigs, deci_x_patcher
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import PartialModelError
 from patchers.substitutes import Unowned, UnownedBlock, UnownedEmbedding
@@ -28,7 +28,7 @@ def create_sharded_model(
     device: torch.device | str | None = "meta",
     dtype: torch.dtype | None = torch.float32,
     *,
-    block_configs: Sequence[AnyBlockConfig] | None = None,
+    block_configs: BlockConfigs | None = None,
 ) -> PreTrainedModel:
     """Build a model of which this rank owns some blocks.
 
@@ -111,7 +111,7 @@ def build_skeleton(
     descriptor: ModelDescriptor,
     config: PreTrainedConfig,
     dtype: torch.dtype | None = None,
-    block_configs: Sequence[AnyBlockConfig] | None = None,
+    block_configs: BlockConfigs | None = None,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Build the whole heterogeneous model on the meta device, in eval mode; the config is not changed."""
