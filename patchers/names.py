@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _BLOCK = re.compile(r"^(?P<prefix>.*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.")
 
 

@@ -128,7 +128,7 @@ class ShardLoader:
     def finish(self) -> PreTrainedModel:
         """Give the shard what transformers gives a loaded model, check it, and attach the report."""
         model = self.shard.eval()
-        model.config.name_or_path = model.name_or_path = self.source.location
+        model.config.name_or_path = model.name_or_path = self._name_or_path()
         self._generation_config(model)
         check_complete(model, self.device)
         model.load_report = self._report(model)  # type: ignore[assignment]
@@ -143,6 +143,10 @@ class ShardLoader:
         if not isinstance(given, PreTrainedConfig):
             raise ConfigError(f"model_config is a transformers config, not {type(given).__name__}")
         return copy.deepcopy(given)
+
+    def _name_or_path(self) -> str:
+        """Return what transformers and peft may reopen by the config's own class: not a translated config."""
+        return self.source.location if self.options.config is not None else self.config.name_or_path
 
     def _route(self) -> str:
         """Choose the way in: direct where it is known to be exact."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from patchers.deci_x import BlockConfigs, deci_x_patcher
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import PartialModelError
+from patchers.names import fold
 from patchers.substitutes import Unowned, UnownedBlock, UnownedEmbedding
 from sharded_ckpt.ownership import check_ownership
 from sharded_ckpt.runtime import as_runtime
@@ -103,7 +104,7 @@ def create_local_shard_(
     if not {0, count - 1} <= owned:
         _forget_ties(model)
     if len(owned) < count:
-        _refuse_to_save(model)
+        _refuse_whole_model_methods(model)
     return model
 
 
@@ -179,9 +180,17 @@ class _Refusal:
         raise PartialModelError(self.message)
 
 
-def _refuse_to_save(model: PreTrainedModel) -> None:
+def _refuse_whole_model_methods(model: PreTrainedModel) -> None:
+    part = "this shard owns only some of the blocks: "
     model.save_pretrained = _Refusal(  # type: ignore[method-assign]
-        "this shard owns only some of the blocks: save_pretrained would write an incomplete checkpoint as "
-        "if it were whole. Use sharded_ckpt.save_sharded_model(model_shard, '<dir>/model.safetensors') on "
-        "every rank"
+        f"{part}save_pretrained would write an incomplete checkpoint as if it were whole. Use "
+        "sharded_ckpt.save_sharded_model(model_shard, '<dir>/model.safetensors') on every rank"
     )
+    model.generate = _Refusal(  # type: ignore[method-assign]
+        f"{part}it does not own {_unowned_names(model)} and cannot generate by itself. Run it as a stage "
+        "of a pipeline over the ranks, or load the whole model"
+    )
+
+
+def _unowned_names(model: PreTrainedModel) -> str:
+    return fold(module.name for module in model.modules() if isinstance(module, Unowned))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -98,9 +99,9 @@ def test_layer_index_is_the_argument_even_inside_a_users_own_loop() -> None:
     config = tiny_config(layers=6)
     with deci_x_patcher("llama", KINDS), torch.device("meta"):
         for idx in [0]:
-            layer_idx = 2
+            layer_idx = idx + 2
             built = LlamaDecoderLayer(config, 1), LlamaDecoderLayer(config, layer_idx=5)
-    assert (idx, layer_idx) == (0, 2)
+    assert layer_idx == 2
     assert built[0].mlp.up_proj.weight.shape == (48, 64)
     assert built[1].mlp.up_proj.weight.shape == (96, 64)
 
@@ -224,7 +225,7 @@ def test_wrong_number_of_block_configs_names_both_numbers(count: int) -> None:
 def test_layer_index_out_of_range_is_refused(index: Any) -> None:
     with (
         deci_x_patcher("llama", KINDS),
-        pytest.raises(BlockConfigError, match=f"layer_idx={index!r}; there are 6"),
+        pytest.raises(BlockConfigError, match=re.escape(f"layer_idx={index!r}; there are 6")),
     ):
         LlamaDecoderLayer(tiny_config(layers=6), index)
 
@@ -257,7 +258,7 @@ def test_removal_is_refused_where_zeros_would_be_wrong() -> None:
     unsafe = dataclasses.replace(descriptor, ffn=dataclasses.replace(descriptor.ffn, removable=False))
     with (
         deci_x_patcher(unsafe, KINDS),
-        pytest.raises(FamilyError, match="block 2 removes its FFN.*silently wrong"),
+        pytest.raises(FamilyError, match=r"block 2 removes its FFN.*silently wrong"),
     ):
         LlamaDecoderLayer(tiny_config(layers=6), 2)
 

@@ -1,7 +1,7 @@
 """Published layouts give the outputs that others recorded with their own code.
 
-`nemotron_nas*` are in the layout of the published Nemotron-NAS models, their outputs recorded from the published
-DeciLM modelling code; `anymodel_*` were written and run by NVIDIA's own package.
+`nemotron_nas*` are in the layout of the published Nemotron-NAS models, their outputs recorded from the
+published DeciLM modelling code; `anymodel_*` were written and run by NVIDIA's own package.
 """
 
 from __future__ import annotations
