@@ -71,9 +71,9 @@ def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     for size in (*shape, DTYPE_BITS[dtype]):
         bits *= size
         if bits > UINT64_MAX:
-            raise ValueError(f"shape {list(shape)} overflows 64 bits")
+            raise ValueError(f"shape {list(shape)!s:.80} overflows 64 bits")
     if bits % 8:
-        raise ValueError(f"shape {list(shape)} of {dtype} ends inside a byte")
+        raise ValueError(f"shape {list(shape)!s:.80} of {dtype} ends inside a byte")
     return bits // 8
 
 

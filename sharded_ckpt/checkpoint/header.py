@@ -159,7 +159,7 @@ def _parse_canonical(text: str, data_begin: int, file_size: int) -> Parsed | Non
             return None
         names, layouts, offsets = zip(*found, strict=True) if found else ((),) * 3
         known = {layout: _read_layout(layout) for layout in set(layouts)}
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         return None
     dtypes, shapes, sizes = zip(*map(known.__getitem__, layouts), strict=True) if found else ((),) * 3
     # The tensors follow each other, so that their sizes alone say what every offset must be.

@@ -76,14 +76,14 @@ def _check_entry(name: str, entry: Any, data_begin: int, file: str) -> TensorEnt
     where = f"{file}: tensor {shorten(name)}"
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {found}")
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {found!s:.120}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{where}: unknown dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
+        raise CheckpointError(f"{where}: unknown dtype {dtype!r:.80}; known are {', '.join(DTYPE_BITS)}")
     if not isinstance(shape, list) or not all(type(size) is int for size in shape):
-        raise CheckpointError(f"{where}: shape must be a list of integers, found {shape!r}")
+        raise CheckpointError(f"{where}: shape must be a list of integers, found {shape!r:.80}")
     if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
-        raise CheckpointError(f"{where}: data_offsets must be two integers, found {offsets!r}")
+        raise CheckpointError(f"{where}: data_offsets must be two integers, found {offsets!r:.80}")
     begin, end = offsets
     if begin > end:
         raise CheckpointError(f"{where}: data_offsets begin at {begin}, after their end {end}")
@@ -93,7 +93,8 @@ def _check_entry(name: str, entry: Any, data_begin: int, file: str) -> TensorEnt
         raise CheckpointError(f"{where}: {error}") from None
     if end - begin != nbytes:
         raise CheckpointError(
-            f"{where}: shape {shape} of {dtype} takes {nbytes} bytes, data_offsets give it {end - begin}"
+            f"{where}: shape {shape!s:.80} of {dtype} takes {nbytes} bytes, "
+            f"data_offsets give it {end - begin}"
         )
     return TensorEntry(dtype, tuple(shape), data_begin + begin, data_begin + end)
 

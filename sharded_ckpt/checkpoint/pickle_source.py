@@ -1,7 +1,7 @@
 """Checkpoints in pickle format (`pytorch_model.bin`), for those who ask for them by name.
 
-Nothing else in this package opens a pickle. `torch.load(weights_only=True)` runs no code of the file, with the
-torch that this package requires (CVE-2025-32434 was mended in 2.6, GHSA-63cw-57p8-fm3p in 2.10).
+Nothing else in this package opens a pickle. `torch.load(weights_only=True)` runs no code of the file, with
+the torch that this package requires (CVE-2025-32434 was mended in 2.6, GHSA-63cw-57p8-fm3p in 2.10).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def read_pickle_shards(source: TensorSource, keys: Iterable[str] | None = None) 
 
     Args:
         source: The checkpoint.
-        keys: Tensor names, all if not given. Only the files that hold them are opened where there is an index.
+        keys: Tensor names, all if not given. With an index, only the files that hold them are opened.
 
     Raises:
         CheckpointNotFoundError: There is no such checkpoint, or a file of it is missing.
@@ -66,8 +66,9 @@ def _files(source: TensorSource, wanted: Iterable[str] | None) -> list[str]:
     else:
         files = [name for name in source.names() if name.endswith(_SUFFIXES)]
         if len(files) != 1:
+            found = ", ".join(files) or "no such file"
             raise CheckpointNotFoundError(
-                f"{source.location}: expected {INDEX_PICKLE} or {SINGLE_PICKLE}, found {files or 'no such file'}"
+                f"{source.location}: expected {INDEX_PICKLE} or {SINGLE_PICKLE}, found {found}"
             )
     if missing := source.missing(files):
         raise CheckpointNotFoundError(f"{source.location}: missing files: {', '.join(missing)}")
