@@ -10,6 +10,7 @@ from typing import Any
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError, MissingKeysError
 from patchers.names import fold
+from sharded_ckpt.checkpoint.entry import shorten
 from sharded_ckpt.checkpoint.garbage import paused_collection
 from sharded_ckpt.checkpoint.header import Header
 from sharded_ckpt.checkpoint.rival import find_difference
@@ -191,7 +192,10 @@ def parse_index(raw: bytes, *, location: str, file: str) -> CheckpointIndex:
     weight_map = top.get("weight_map") if isinstance(top, dict) else None
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{where}: not an index: expected an object with an object `weight_map`")
-    for name in set(map(_hashable, weight_map.values())):
+    if not set(map(type, weight_map.values())) <= {str}:
+        key, name = next(item for item in weight_map.items() if not isinstance(item[1], str))
+        raise CheckpointError(f"{where}: the file of {shorten(key)} must be a string, found {name!r:.80}")
+    for name in set(weight_map.values()):
         check_name(name, where)
         if name.endswith(_PICKLES):
             raise CheckpointError(_pickle_text(location, [name]))
@@ -200,10 +204,6 @@ def parse_index(raw: bytes, *, location: str, file: str) -> CheckpointIndex:
         raise CheckpointError(f"{where}: `metadata` must be an object, found {metadata!r:.80}")
     total = metadata.get("total_size")
     return CheckpointIndex(location, weight_map, total if type(total) is int else None, metadata, file)
-
-
-def _hashable(name: Any) -> Any:
-    return name if isinstance(name, str) else repr(name)
 
 
 def _discover(source: TensorSource) -> CheckpointIndex:
