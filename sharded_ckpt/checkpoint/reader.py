@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _MAX_OPEN_SHARDS = 128
 """Of the 1024 files that a process may have open; others are opened again when they are needed."""
 
-_ATTEMPTS = 5
+_ATTEMPTS = 20
 
 
 class CheckpointReader:
@@ -210,12 +210,12 @@ class CheckpointReader:
                 f"{self.source.location}/{file}: the index {self.index.file} says that this file holds "
                 f"{fold(ghosts)}, but it does not; rebuild the index from the files, or fetch them again"
             ) from None
-        items.sort(key=_begin)
+        items.sort(key=_place)
         return items
 
 
-def _begin(item: Item) -> int:
-    return item[1].begin
+def _place(item: Item) -> tuple[int, int]:
+    return item[1][2:]  # an empty tensor stands before the one that begins where it is
 
 
 def open_checkpoint(
@@ -233,7 +233,7 @@ def open_checkpoint(
         wanted: Chooses tensor names from the index; no file is opened if not given.
         **options: Those of `open_source`.
     """
-    for attempt in range(_ATTEMPTS):
+    for _ in range(_ATTEMPTS):
         source = open_source(location, **options)
         try:
             reader = CheckpointReader(source, open_index(source))
@@ -241,7 +241,9 @@ def open_checkpoint(
                 reader.plan(wanted(reader.index))
             return reader
         except CheckpointError:
-            if attempt == _ATTEMPTS - 1 or not source.changed():
+            if not source.changed():
                 raise
-            logger.info("%s: replaced while it was opened; opening it again", location)
-    raise AssertionError
+            logger.info("%s was replaced while it was opened; opening it again", location)
+    raise CheckpointError(
+        f"{location} is replaced faster than it can be opened; wait until its writer is done"
+    )
