@@ -35,8 +35,7 @@ def copy_tensors(plan: Plan, progress: Progress | None = None) -> dict[str, torc
     tensors: dict[str, torch.Tensor] = {}
     reads: list[_Read] = []
     for shard, items in plan:
-        if shard.attach():
-            shard.fileno()
+        shard.attach()
         buffers = []
         for key, entry in items:
             raw = torch.empty(entry.nbytes, dtype=torch.uint8)

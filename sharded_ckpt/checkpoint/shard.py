@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import sys
@@ -40,19 +41,29 @@ class Shard:
         self._fd = -1
         self._close: weakref.finalize[[int], Shard] | None = None
         self._identity: Identity | None = None
+        self._size: int | None = None
         if self.attach():
             self.header: Header = read_header(self._pread, os.fstat(self._fd).st_size, self.file)
         else:
             self.header = read_header(self._fetch, source.size(name), self.file)
+        self._size = self.header.file_size
 
     def attach(self) -> bool:
-        """Open the file if it is on this machine, and return whether it is."""
+        """Open the file if it is on this machine, and return whether it is.
+
+        Raises:
+            CheckpointError: Another file has taken its place since the header was read, or it was changed.
+        """
         if self._close is None or not self._close.alive:
             fd = self.source.open(self.name)
             if fd is None:
                 return False
             self._fd, self._close = fd, weakref.finalize(self, os.close, fd)
-            self._identity = self._identity or identity_of(os.fstat(fd))
+        status = os.fstat(self._fd)
+        identity = identity_of(status)
+        self._identity = self._identity or identity
+        if identity != self._identity or self._size not in (None, status.st_size):
+            raise CheckpointError(f"{self.file}: the file was changed while it was read; load again")
         return True
 
     def close(self) -> None:
@@ -61,16 +72,13 @@ class Shard:
             self._close()
 
     def fileno(self) -> int:
-        """Return the file descriptor of a local file.
+        """Return the file descriptor of a file on this machine.
 
         Raises:
-            CheckpointError: Another file has taken its place since the header was read, or it was changed.
+            CheckpointError: It is not on this machine, or not what it was when its header was read.
         """
         if not self.attach():
-            raise CheckpointError(f"{self.file}: not a local file")
-        status = os.fstat(self._fd)
-        if identity_of(status) != self._identity or status.st_size != self.header.file_size:
-            raise CheckpointError(f"{self.file}: the file was changed while it was read; load again")
+            raise CheckpointError(f"{self.file}: not on this machine")
         return self._fd
 
     def map(self, begin: int = 0, end: int | None = None) -> tuple[mmap.mmap, int]:
@@ -93,7 +101,8 @@ class Shard:
                 **flags,
             )
         except OSError as error:
-            raise CheckpointError(f"{self.file}: cannot be mapped: {error.strerror}") from error
+            hint = "; raise the limit with `ulimit -n`" if error.errno == errno.EMFILE else ""
+            raise CheckpointError(f"{self.file}: cannot be mapped: {error.strerror}{hint}") from error
         return mapping, begin - base
 
     def readinto(self, buffers: list[memoryview], offset: int) -> None:

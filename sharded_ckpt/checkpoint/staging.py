@@ -110,6 +110,8 @@ class StagingRing:
 
     def read(self, plan: Plan, casting: Casting, progress: Progress | None = None) -> dict[str, torch.Tensor]:
         """Read tensors of files into new tensors on the device."""
+        for shard, _ in plan:
+            shard.attach()
         destination = Destination(plan, self.device, casting)
         jobs = (
             (shard, window)
