@@ -18,18 +18,11 @@ LAYERS: list[tuple[str, ...]] = [
     # how a process stands to the others
     ("store_thread", "verdict", "agreement", "collective", "runtime"),
     # one rank's model, before it has weights
-    ("partition", "ownership", "costs", "surgery", "config", "model"),
+    ("partition", "ownership", "costs", "surgery", "config", "model", "model_bytes"),
     # weights in and out
     (
-        "plan",
-        "progress",
-        "load_report",
-        "filling",
-        "loader",
-        "loading",
-        "distribution",
-        "distribute",
-        "saving",
+        *("plan", "progress", "load_report", "filling", "loader", "loading"),
+        *("distribution", "owned_tensors", "distribute", "saving"),
     ),
     ("children", "pipeline", "training"),
     ("report", "cli", "demo", "__main__"),
@@ -74,7 +67,7 @@ def imported_modules(module: str, path: Path) -> Iterator[tuple[str, ast.stmt]]:
     """Imports of this project, as modules: `from a.b import c` is of a.b.c, if that is one, else of a.b."""
     known = modules()
     for name, node in imports(module, path):
-        if name.split(".")[0] in ("patchers", "sharded_ckpt"):
+        if name.split(".")[0] in ("patchers", "sharded_ckpt") and not name.endswith(".__version__"):
             yield (name if name in known else name.rpartition(".")[0] or name), node
 
 

@@ -1,0 +1,128 @@
+"""The small files of a checkpoint that its successor takes over: by explicit rules, and never weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Final
+
+from patchers.dialects import CONFIG_FIELDS, Dialect, detect_dialect, write_block_configs
+from patchers.errors import ConfigError
+from patchers.families import NATIVE_FAMILY
+
+if TYPE_CHECKING:
+    from patchers.block_config import BlockConfig
+    from sharded_ckpt.checkpoint.publish import Transaction
+    from sharded_ckpt.checkpoint.source import TensorSource
+
+GENERATION_CONFIG: Final = "generation_config.json"
+
+CARRIED: Final = (
+    GENERATION_CONFIG,
+    # what tokenizers are saved as, and the vocabularies of those that bring their own code
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*.jinja",
+    "chat_template*.json",
+    "*processor_config.json",
+    # the code that `auto_map` names
+    "*.py",
+    # the terms under which the weights may be passed on
+    "LICENSE*",
+    "NOTICE*",
+)
+"""Patterns of the names, at the top of a checkpoint, that are carried over."""
+
+NEVER_CARRIED: Final = (
+    ".*",
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.gguf",
+    "*.index.json",
+    "config.json",
+)
+"""Patterns of names that are not carried over even if they fit: weights, their indexes, hidden files."""
+
+_READABLE_AS_DECILM = (Dialect.NEMOTRON_NAS, Dialect.TRANSITIONAL)
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file at the top of a checkpoint is one that its successor takes over.
+
+    Example:
+        >>> [name for name in ("tokenizer.json", "tokenizer.safetensors", "README.md") if is_carried(name)]
+        ['tokenizer.json']
+    """
+    return "/" not in name and _fits(name, CARRIED) and not _fits(name, NEVER_CARRIED)
+
+
+def carried_names(source: TensorSource) -> list[str]:
+    """Return the files of a checkpoint that its successor takes over, sorted."""
+    return [name for name in source.names() if is_carried(name)]
+
+
+def carry_files(save: Transaction, source: TensorSource, *, but: Collection[str] = ()) -> list[str]:
+    """Copy into a save what it takes over from a checkpoint; one rank does so.
+
+    Args:
+        save: The save, while it is prepared.
+        source: The checkpoint. What is not on this machine is downloaded.
+        but: Names that the save writes itself.
+
+    Returns:
+        The names of the copied files.
+    """
+    names = [name for name in carried_names(source) if name not in but]
+    source.ensure(names)
+    for name in names:
+        save.copy(source.local_path(name), name)
+    return names
+
+
+def config_saying(
+    raw: Mapping[str, Any], blocks: Sequence[BlockConfig], dialect: Dialect | str | None = None
+) -> dict[str, Any]:
+    """Return the content of a config.json with its blocks exchanged for others; `raw` stays as it is.
+
+    Args:
+        raw: The content of a config.json.
+        blocks: One for each layer.
+        dialect: In which to say them; by default the one that `raw` is in, or AnyModel where it is in none.
+
+    Raises:
+        BlockConfigError: The dialect cannot say a block; the message names block and field.
+        ConfigError: A `nemotron-nas` config in a dialect that the code published with it cannot read.
+
+    Example:
+        >>> from patchers import BlockConfig, FFNConfig
+        >>> raw = {"num_hidden_layers": 1, "num_key_value_heads": 8, "intermediate_size": 64}
+        >>> config_saying(raw, [BlockConfig(ffn=FFNConfig(32))], "per-layer")["per_layer_config"]
+        {'0': {'intermediate_size': 32}}
+    """
+    dialect = Dialect(dialect or detect_dialect(raw) or Dialect.ANYMODEL)
+    family = raw.get("model_type")
+    if family in NATIVE_FAMILY and dialect not in _READABLE_AS_DECILM:
+        raise ConfigError(
+            f"a {family} config cannot say its blocks in {dialect.value}, which the code published with it "
+            f"does not read; use {' or '.join(known.value for known in _READABLE_AS_DECILM)}, or the native "
+            "config that load_model_config gives"
+        )
+    kept = {name: value for name, value in raw.items() if name not in CONFIG_FIELDS}
+    return {**kept, **write_block_configs(blocks, dialect, raw)}
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
