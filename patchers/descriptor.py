@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,9 @@ class ModelDescriptor:
         Raises:
             FamilyError: The config is not that of a causal language model whose layers can be found.
         """
-        return _derive_plain(type(config)) if config.model_type in PLAIN_FAMILIES else _derive(config)
+        if config.model_type in PLAIN_FAMILIES:
+            return _derive_plain(config.model_type)
+        return _derive(config)
 
     @classmethod
     def of(
@@ -133,13 +136,14 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
             "causal language models are supported so far. Load the text part's own config and weights "
             "instead."
         )
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if found is None:
         raise FamilyError(
             f"transformers has no causal language model for {type(config).__name__} (model_type "
             f"{config.model_type!r})"
         )
-    return found[0] if isinstance(found, (tuple, list)) else found
+    native: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
+    return native
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -180,9 +184,9 @@ def _name_in(model: nn.Module, wanted: nn.Module | None) -> str:
 
 
 @functools.cache
-def _derive_plain(config_class: type[PreTrainedConfig]) -> ModelDescriptor:
+def _derive_plain(family: str) -> ModelDescriptor:
     # one layer speaks for all, and sizes change nothing: this keeps large models cheap to describe
-    return _derive(config_class(num_hidden_layers=1))
+    return _derive(AutoConfig.for_model(family, num_hidden_layers=1))
 
 
 def _derive(config: PreTrainedConfig) -> ModelDescriptor:

@@ -37,7 +37,7 @@ def layer_config(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreT
         (32, True, 64)
     """
     aliases = type(config).attribute_map
-    view = object.__new__(_view_class(type(config)))
+    view: Any = object.__new__(_view_class(type(config)))  # type: ignore[arg-type]
     view.__dict__[_BASE] = config
     view.__dict__[_OVERRIDES] = {aliases.get(name, name): value for name, value in overrides.items()}
     return cast(PreTrainedConfig, view)
@@ -50,6 +50,8 @@ def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 class _ReadThrough:
     """The behaviour that turns a config class into a class of views."""
+
+    attribute_map: Mapping[str, str]
 
     def __init__(self) -> None:
         raise TypeError("a layer's config is made by layer_config(config, overrides)")
@@ -92,4 +94,4 @@ class _ReadThrough:
 def _view_class(config_class: type[PreTrainedConfig]) -> type:
     bases = (_ReadThrough, config_class)
     # its own __init__ in the body keeps PreTrainedConfig from generating one
-    return type(config_class)(f"Layer{config_class.__name__}", bases, {"__init__": _ReadThrough.__init__})
+    return type(f"Layer{config_class.__name__}", bases, {"__init__": _ReadThrough.__init__})

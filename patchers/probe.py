@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,7 +209,7 @@ def _hidden_states(calls: _Calls) -> torch.Tensor:
     return torch.linspace(-1, 1, shape.numel()).reshape(shape)
 
 
-def _run_with(layer: nn.Module, calls: _Calls, parts: dict[str, nn.Module]) -> torch.Tensor | None:
+def _run_with(layer: nn.Module, calls: _Calls, parts: Mapping[str, nn.Module]) -> torch.Tensor | None:
     """Run a real copy of a layer with some of its children exchanged; None if it does not run so."""
     trial = copy.deepcopy(layer)
     for name, part in parts.items():

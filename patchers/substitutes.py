@@ -31,7 +31,8 @@ def returned(hidden_states: torch.Tensor, arity: int) -> Any:
 
 def hidden_states_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """Return the hidden states among the arguments of a call: the first one, or the one of that name."""
-    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+    hidden_states: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden_states
 
 
 def count_tokens(layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -73,9 +73,7 @@ def check_shapes(
         )
 
 
-def fill_directly(
-    model: PreTrainedModel, plan: LoadPlan, tensors: Mapping[str, torch.Tensor]
-) -> tuple[str, ...]:
+def fill_directly(model: PreTrainedModel, plan: LoadPlan, tensors: Mapping[str, torch.Tensor]) -> None:
     """Assign tensors to the shard's parameters and buffers, then tie what the plan ties.
 
     Args:
@@ -119,11 +117,18 @@ def fill_converted(
         create_local_shard_(self, owned, descriptor)
 
     names = {"__init__": __init__, "__module__": native.__module__, "__qualname__": native.__qualname__}
-    throwaway = type(native.__name__, (native,), names)
+    throwaway: type[PreTrainedModel] = type(native.__name__, (native,), names)
     with deci_x_patcher(descriptor, block_configs), _no_bar_of_transformers():
-        model, info = throwaway.from_pretrained(
-            None, config=config, state_dict=dict(state), output_loading_info=True, **options
-        )
+        try:
+            loaded: Any = throwaway.from_pretrained(
+                None, config=config, state_dict=dict(state), output_loading_info=True, **options
+            )
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"transformers cannot fit these tensors into {native.__name__}: {error}. The config may "
+                "describe other blocks than the files hold: see patchers.infer_block_configs"
+            ) from error
+    model, info = loaded
     model.__class__ = native
     if info["missing_keys"]:
         raise MissingKeysError(f"the checkpoint has no tensors for {fold(info['missing_keys'])}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import os
 import time
@@ -31,7 +32,8 @@ from sharded_ckpt.filling import (
 )
 from sharded_ckpt.load_report import LoadReport
 from sharded_ckpt.model import build_skeleton, create_local_shard_
-from sharded_ckpt.ownership import check_ownership, plan_ownership
+from sharded_ckpt.model_bytes import model_bytes
+from sharded_ckpt.ownership import check_disjoint_cover, check_ownership, plan_ownership
 from sharded_ckpt.plan import LoadPlan, ModelNames, keys_of_blocks, plan_load
 from sharded_ckpt.runtime import Runtime
 
@@ -100,18 +102,49 @@ class ShardLoader:
             self.options.block_configs,
             self.options.attn_implementation,
         )
-        whole, self.ties = list(self.shard.state_dict()), dict(self.shard.all_tied_weights_keys)
+        self.whole = self.shard.state_dict(keep_vars=True)
+        self.ties = dict(self.shard.all_tied_weights_keys)
         self.owned = self._owned()
         create_local_shard_(self.shard, self.owned, self.descriptor)
-        self.plan = self._plan(whole)
+        self.plan = self._plan()
         self.keys = list(dict.fromkeys(self.plan.sources.values()))
         self.entries = self.reader.headers(self.keys)
         self.nbytes = sum(entry.nbytes for entry in self.entries.values())
-        if self.route == "direct":
+        if self.is_plain:
             check_shapes(self.plan, self.shard, self.entries, self.index.weight_map)
         self.ahead = self.reader.prefetch(self.keys)
 
-    def fill(self, progress: Callable[[int], None] | None = None) -> None:
+    def agree(self) -> None:
+        """Make sure that ranks which deal the blocks out among themselves deal out the same ones.
+
+        Raises:
+            ConfigError: On all ranks: they load different models, or leave a block to nobody.
+        """
+        if self.runtime.world_size == 1:
+            return
+        doing = f"dealing out the blocks of {self.source.location}"
+        facts = {
+            "auto": self.options.owned == "auto",
+            "model": self._fingerprint(),
+            "owned": sorted(self.owned),
+        }
+        ranks = self.runtime.control.gather(facts, doing)
+        if not all(rank["auto"] for rank in ranks):
+            return
+        models = [rank["model"] for rank in ranks]
+        if len(set(models)) > 1:
+            other = next(rank for rank, model in enumerate(models) if model != models[0])
+            raise ConfigError(
+                f"{doing}: rank {other} loads another model than rank 0 (other tensors, or other block "
+                "configs); all ranks must load the same one, or be told their owned_block_indexes"
+            )
+        check_disjoint_cover([rank["owned"] for rank in ranks], self.config.num_hidden_layers)
+
+    def _fingerprint(self) -> str:
+        shapes = sorted((name, tuple(t.shape)) for name, t in self.whole.items())
+        return hashlib.sha256(repr((self.descriptor.family, shapes)).encode()).hexdigest()
+
+    def fill(self, progress: Callable[[int], object] | None = None) -> None:
         """Read the tensors of this shard, and nothing else, into it.
 
         Args:
@@ -131,9 +164,10 @@ class ShardLoader:
         model.config.name_or_path = model.name_or_path = self._name_or_path()
         self._generation_config(model)
         check_complete(model, self.device)
-        model.load_report = self._report(model)  # type: ignore[assignment]
-        if not model.load_report:
-            logger.warning("%s", model.load_report)
+        report = self._report(model)
+        vars(model)["load_report"] = report
+        if not report:
+            logger.warning("%s", report)
         return model
 
     def _config(self) -> PreTrainedConfig:
@@ -146,20 +180,28 @@ class ShardLoader:
 
     def _name_or_path(self) -> str:
         """Return what transformers and peft may reopen by the config's own class: not a translated config."""
-        return self.source.location if self.options.config is not None else self.config.name_or_path
+        return (self.config.name_or_path or "") if self.options.config is None else self.source.location
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the files hold the model's tensors as they are, by name, shape and dtype."""
+        quantised = getattr(self.config, "quantization_config", None) is not None
+        return self.descriptor.family in PLAIN_FAMILIES and not quantised
 
     def _route(self) -> str:
         """Choose the way in: direct where it is known to be exact."""
-        quantised = getattr(self.config, "quantization_config", None) is not None
-        plain = self.descriptor.family in PLAIN_FAMILIES and not quantised
-        if self.options.route == "direct" and not plain:
+        if self.options.route == "direct" and not self.is_plain:
             raise ConfigError(
                 f"{self.descriptor.family} checkpoints are not known to need no conversion; use "
                 "route='converted'"
             )
         if self.options.route not in ("auto", "direct", "converted"):
             raise ConfigError(f"route is 'auto', 'direct' or 'converted', not {self.options.route!r}")
-        return ("direct" if plain else "converted") if self.options.route == "auto" else self.options.route
+        return (
+            ("direct" if self.is_plain else "converted")
+            if self.options.route == "auto"
+            else self.options.route
+        )
 
     def _dtype(self) -> torch.dtype:
         """Return the dtype asked for, else the config's, else that of the first float in the files."""
@@ -175,16 +217,16 @@ class ShardLoader:
         count = self.config.num_hidden_layers
         if self.options.owned != "auto":
             return check_ownership(self.options.owned, count)  # type: ignore[arg-type]
-        costs = block_bytes(self.shard, self.descriptor)
+        costs = model_bytes(self.shard, self.descriptor)
         plan = plan_ownership(costs.blocks, self.runtime.world_size, first=costs.embedding, last=costs.head)
         return set(plan.blocks[self.runtime.global_rank])
 
-    def _plan(self, whole: list[str]) -> LoadPlan:
-        if self.descriptor.family not in PLAIN_FAMILIES:
+    def _plan(self) -> LoadPlan:
+        if not self.is_plain:
             hinted = keys_of_blocks(self.index.keys(), self.owned, self.config.num_hidden_layers)
             return LoadPlan({key: key for key in hinted})
         names = ModelNames(
-            whole=whole,
+            whole=self.whole,
             owned=list(self.shard.state_dict()),
             ties=self.ties,
             prefix=self.shard.base_model_prefix,
@@ -265,27 +307,6 @@ class ShardLoader:
             if name in made and made[name].dtype != found:
                 casts.setdefault(f"{found} -> {made[name].dtype}".replace("torch.", ""), []).append(name)
         return {kind: tuple(names) for kind, names in casts.items()}
-
-
-@dataclass(frozen=True)
-class ModelBytes:
-    """How many bytes the parts of a model take: each block, the embedding, and what the last rank holds."""
-
-    blocks: tuple[int, ...]
-    embedding: int
-    head: int
-
-
-def block_bytes(model: PreTrainedModel, descriptor: ModelDescriptor) -> ModelBytes:
-    """Measure a whole model (on meta, say) by its parameters and buffers. A tied head counts twice."""
-    blocks = [_nbytes(block) for block in model.get_submodule(descriptor.layers)]
-    ends = [name for name in (descriptor.final_norm, descriptor.head) if name is not None]
-    head = sum(_nbytes(model.get_submodule(name)) for name in ends)
-    return ModelBytes(tuple(blocks), _nbytes(model.get_submodule(descriptor.embedding)), head)
-
-
-def _nbytes(module: torch.nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
 def _ignorable(model: PreTrainedModel) -> str:

@@ -48,7 +48,7 @@ def load_and_shard_model(
     token: str | bool | None = None,
     cache_dir: PathOrId | None = None,
     local_files_only: bool = False,
-    progress: bool | Callable[[int], None] | None = None,
+    progress: bool | Callable[[int], object] | None = None,
 ) -> PreTrainedModel:
     """Load the blocks that this rank owns of a (heterogeneous) checkpoint into the native class.
 
@@ -118,6 +118,7 @@ def load_and_shard_model(
     here = as_runtime(runtime)
     with together(here.control, f"planning the load of {os.fspath(checkpoint_path)}"):
         loader = open_loader(checkpoint_path, where, options, here)
+    loader.agree()
     with together(here.control, f"loading {os.fspath(checkpoint_path)}"):
         with byte_progress(progress, loader.nbytes, here.is_main_process) as count:
             loader.fill(count)

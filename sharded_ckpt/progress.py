@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def byte_progress(
-    wanted: bool | Callable[[int], None] | None, total: int, is_main: bool
-) -> Iterator[Callable[[int], None] | None]:
+    wanted: bool | Callable[[int], object] | None, total: int, is_main: bool
+) -> Iterator[Callable[[int], object] | None]:
     """Yield what is to be told each number of bytes done, or None.
 
     Args:
