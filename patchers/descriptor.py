@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -22,6 +23,7 @@ from patchers.activation import unpatched
 from patchers.errors import ConfigError, FamilyError
 from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
 from patchers.probe import LayerProbe, SubBlock, probe_layers
+from patchers.versions import warn_if_untested
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class ModelDescriptor:
         Raises:
             FamilyError: The config is not that of a causal language model whose layers can be found.
         """
+        warn_if_untested()
         if config.model_type in PLAIN_FAMILIES:
             return _derive_plain(config.model_type)
         return _derive(config)
@@ -136,7 +139,7 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
             "causal language models are supported so far. Load the text part's own config and weights "
             "instead."
         )
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) or _remote_class(config)
     if found is None:
         raise FamilyError(
             f"transformers has no causal language model for {type(config).__name__} (model_type "
@@ -144,6 +147,14 @@ def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
         )
     native: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
     return native
+
+
+def _remote_class(config: PreTrainedConfig) -> Any:
+    """Return the model class of a config whose own class is remote code, to which the user has consented."""
+    name = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if name is None or not type(config).__module__.startswith("transformers_modules"):
+        return None
+    return get_class_from_dynamic_module(name, config.name_or_path)
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
