@@ -287,6 +287,17 @@ def test_names_of_shards_never_come_back_where_names_change_one_by_one(tmp_path:
     assert "model-00001-of-00003.safetensors" in seen, "the first save has the usual names"
 
 
+def test_names_of_shards_can_be_unique_to_each_save(tmp_path: Path) -> None:
+    seen: set[str] = set()
+    for version in range(3):
+        save_version(tmp_path / "ckpt", version, unique_names=True)
+        assert version_in(tmp_path / "ckpt") == version
+        shards = {path.name for path in (tmp_path / "ckpt").glob("model-*-of-00003.safetensors")}
+        assert len(shards) == 3
+        assert not shards & seen
+        seen |= shards
+
+
 def test_without_syncs_nothing_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int) -> None:
         raise AssertionError("fsync")

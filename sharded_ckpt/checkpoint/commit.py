@@ -49,6 +49,7 @@ class Publication:
         target: The directory that it becomes.
         contents: What the ranks say that they have staged.
         manifest: Whether to write a manifest.
+        unique_names: Whether shards that replace others get names that no other save gives.
         in_use: Why the directory must not be exchanged, if the caller knows a reason.
 
     Attributes:
@@ -63,11 +64,13 @@ class Publication:
         contents: Contents,
         *,
         manifest: bool = False,
+        unique_names: bool = False,
         in_use: str | None = None,
     ) -> None:
         self._storage, self._workspace, self._target = storage, workspace, target
         self._stage = workspace.stage
         self._contents, self._manifest, self._in_use = contents, manifest, in_use
+        self._token = workspace.owner.nonce if unique_names else None
         self._renamed: dict[str, str] = {}  # files whose name in the stage is not the planned one
         self._written: list[str] = []  # indexes and manifest, which follow from the names
         self._carried: dict[
@@ -92,7 +95,7 @@ class Publication:
         replaced = {name for name in self._contents.replaces(old, self._listed) if not _is_private(name)}
         reason = self._why_not_exchange(old, replaced)
         if reason is None:
-            staged = self._settle(old)
+            staged = self._settle(old, self._token)
             reason = self._exchange(old, replaced, staged)
         if reason is not None:
             logger.info("%s changes name by name: %s", self._target, reason)

@@ -43,11 +43,10 @@ class Journal:
     """Names in the directory that go, unless something else has them by then."""
 
     def write(self, storage: LocalStorage, workspace: Path) -> None:
-        """Put the journal on the disk: from here on the changes will be made."""
+        """Put the journal in its place: from here on the changes will be made, by `finish`."""
         draft = workspace / f"{JOURNAL}.draft"
         write_small(storage, draft, json.dumps(asdict(self)).encode())
         storage.rename(draft, workspace / JOURNAL)
-        storage.sync_directory(workspace)
 
     @classmethod
     def read(cls, storage: LocalStorage, workspace: Path) -> Journal | None:
@@ -75,6 +74,7 @@ def finish(storage: LocalStorage, workspace: Path) -> None:
     journal = Journal.read(storage, workspace)
     if journal is None:
         return
+    storage.sync_directory(workspace)
     target = workspace.parent if journal.inside else workspace.parent / journal.name
     for names in (journal.fresh, journal.replacing):
         for name in names:

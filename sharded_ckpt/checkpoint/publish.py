@@ -22,12 +22,12 @@ from sharded_ckpt.checkpoint.commit import Publication
 from sharded_ckpt.checkpoint.contents import Contents, RankRecord
 from sharded_ckpt.checkpoint.coordinator import Coordinator, Solo
 from sharded_ckpt.checkpoint.journal import STAGE
-from sharded_ckpt.checkpoint.stage import Transaction
 from sharded_ckpt.checkpoint.storage import LocalStorage, PathLike
+from sharded_ckpt.checkpoint.transaction import Transaction
 from sharded_ckpt.checkpoint.tree import make_parents, write_small
 from sharded_ckpt.checkpoint.workspace import Workspace
 
-__all__ = ["Transaction", "transaction"]
+__all__ = ["Transaction", "recover", "transaction"]
 
 VISIBLE_WITHIN: Final = 5.0
 """Seconds in which what one rank made must be visible to the others; network file systems cache names."""
@@ -41,6 +41,7 @@ def transaction(
     durable: bool = True,
     manifest: bool = False,
     overwrite: bool = True,
+    unique_names: bool = False,
     plan: Any = None,
     storage: LocalStorage | None = None,
 ) -> Iterator[Transaction]:
@@ -56,6 +57,10 @@ def transaction(
         durable: Whether the checkpoint must survive a power cut once this returns.
         manifest: Whether to write `manifest.json`, with the size and SHA-256 of each file.
         overwrite: Whether the directory may hold something already.
+        unique_names: Whether shards that replace others get names that no other save gives, such as
+            `model-3f2a9c01-00001-of-00002.safetensors`. Our readers never need that. Others, who open one
+            file after the other by name, may get some from before the save and some from after it where the
+            names are the same; where they are not, they get an error then.
         plan: Plain data on which all ranks must agree before anything is written.
         storage: The file system; the local one if not given. It decides about `durable` then.
 
@@ -79,7 +84,8 @@ def transaction(
     coordinator = coordinator or Solo()
     storage = storage or LocalStorage(durable=durable)
     target = Path(os.path.realpath(directory))
-    in_use = _agree(coordinator, target, {"manifest": manifest, "overwrite": overwrite, "plan": plan})
+    options = {"manifest": manifest, "overwrite": overwrite, "unique_names": unique_names, "plan": plan}
+    in_use = _agree(coordinator, target, options)
     space: Workspace | None = None
     publication: Publication | None = None
     try:
@@ -96,11 +102,29 @@ def transaction(
         ):
             if space is not None:
                 contents = Contents.merge(_read_records(storage, space.path, coordinator.world_size))
-                publication = Publication(storage, space, target, contents, manifest=manifest, in_use=in_use)
+                publication = Publication(
+                    storage,
+                    space,
+                    target,
+                    contents,
+                    manifest=manifest,
+                    unique_names=unique_names,
+                    in_use=in_use,
+                )
                 publication.publish()
     finally:
         if space is not None:
             workspace.release(storage, space)
+
+
+def recover(directory: PathLike, *, storage: LocalStorage | None = None) -> None:
+    """Finish what a save that died had begun to publish, and remove what it left; every save does so first.
+
+    Raises:
+        CheckpointError: A save into the directory is under way.
+    """
+    storage = storage or LocalStorage()
+    workspace.release(storage, workspace.acquire(storage, Path(os.path.realpath(directory))))
 
 
 def _agree(coordinator: Coordinator, target: Path, options: dict[str, Any]) -> str | None:
@@ -147,16 +171,22 @@ def _meet(coordinator: Coordinator, storage: LocalStorage, target: Path, space: 
     first = coordinator.gather(mine, f"meeting in {target}")[0]
     path = workspace.locate(target, inside=first["inside"])
     with _together(coordinator, f"meeting in {target}"):
-        limit = time.monotonic() + (VISIBLE_WITHIN if str(target) == first["target"] else 0.0)
-        while str(workspace.owner_of(storage, path)) != first["owner"]:
-            if time.monotonic() > limit:
-                theirs = workspace.locate(Path(first["target"]), inside=first["inside"])
-                raise CheckpointError(
-                    f"{path}: rank {coordinator.rank} does not see what rank 0 has made at {theirs}: "
-                    "all ranks must save to the same directory, on a file system that they share"
-                )
-            time.sleep(0.05)
+        if space is None:
+            _look_for(storage, path, first, target, coordinator.rank)
     return path
+
+
+def _look_for(storage: LocalStorage, path: Path, first: dict[str, Any], target: Path, rank: int) -> None:
+    """Wait until this rank sees the workspace of rank 0."""
+    limit = time.monotonic() + (VISIBLE_WITHIN if str(target) == first["target"] else 0.0)
+    while str(workspace.owner_of(storage, path)) != first["owner"]:
+        if time.monotonic() > limit:
+            theirs = workspace.locate(Path(first["target"]), inside=first["inside"])
+            raise CheckpointError(
+                f"{path}: rank {rank} does not see what rank 0 has made at {theirs}: "
+                "all ranks must save to the same directory, on a file system that they share"
+            )
+        time.sleep(0.05)
 
 
 def _record_name(rank: int) -> str:

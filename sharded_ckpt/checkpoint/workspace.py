@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import glob
 import hashlib
 import json
 import logging
@@ -136,6 +137,19 @@ def is_workspace(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def unfinished(target: Path) -> Path | None:
+    """Return the workspace of a save that is changing names in a directory and is not through, if any.
+
+    Meanwhile the tensors that an index lists are all of one save, but small files may be those of the other.
+    """
+    for inside in (False, True):
+        path = locate(target, inside=inside)
+        for candidate in (path, *path.parent.glob(glob.escape(path.name) + "-*")):
+            if os.path.lexists(candidate / journal.JOURNAL):
+                return candidate
+    return None
+
+
 def owner_of(storage: LocalStorage, workspace: Path) -> Owner | None:
     """Return who owns a workspace, or None if there is none or it does not say."""
     match = _NAME.fullmatch(workspace.name)
@@ -158,13 +172,13 @@ def acquire(storage: LocalStorage, target: Path) -> Workspace:
         CheckpointError: Another save into the directory is under way.
         OSError: The workspace cannot be made.
     """
-    if os.path.isdir(target) and is_mount_point(target):
-        return _acquire(storage, target, inside=True)
-    try:
-        return _acquire(storage, target, inside=False)
-    except OSError as error:
-        if error.errno not in _DENIED or not os.path.isdir(target):
-            raise
+    exists = os.path.isdir(target)
+    if not (exists and is_mount_point(target)):
+        try:
+            return _acquire(storage, target, inside=False)
+        except OSError as error:
+            if error.errno not in _DENIED or not exists:
+                raise
     return _acquire(storage, target, inside=True)
 
 
@@ -178,12 +192,13 @@ def _acquire(storage: LocalStorage, target: Path, *, inside: bool) -> Workspace:
         storage.make_directory(private / journal.STAGE)
         said = {"owner": str(owner), "host": socket.gethostname(), "since": time.strftime("%F %T %z")}
         write_small(storage, private / "owner", json.dumps(said).encode(), sync=False)
-        sweep(storage, path.parent, now=os.stat(private).st_mtime)
+        for folder in {path.parent, target} if os.path.isdir(target) else {path.parent}:
+            sweep(storage, folder, now=os.stat(private).st_mtime)
         _take_name(storage, private, path, target)
     except BaseException:
+        _alive_here.discard(owner.nonce)
         with contextlib.suppress(OSError):
             remove_tree(storage, private)
-        _alive_here.discard(owner.nonce)
         raise
     return Workspace(path, owner, inside)
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from sharded_ckpt.checkpoint.publish import Transaction, transaction
+from sharded_ckpt.checkpoint.publish import Transaction, recover, transaction
+from sharded_ckpt.checkpoint.storage import LocalStorage
+from sharded_ckpt.checkpoint.workspace import unfinished
 
 NAMES = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(4)] + ["model.norm.weight", "lm_head.weight"]
 
@@ -61,6 +63,14 @@ def version_in(directory: Path) -> int | None:
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert json.loads((directory / "config.json").read_text()) == {"version": version}
     return version
+
+
+def recovered_version(directory: Path) -> int | None:
+    """The version that a directory holds once what an interrupted save had begun to publish is finished."""
+    if unfinished(directory):
+        recover(directory, storage=LocalStorage(durable=False))
+        assert not unfinished(directory)
+    return version_in(directory)
 
 
 def files_in(directory: Path) -> list[str]:

@@ -56,6 +56,12 @@ class FaultyStorage(WatchedStorage):
         if number == self.fail_at or (self.forever and number > self.fail_at):
             raise type(self.error)(*self.error.args)
 
+    def close(self, fd: int) -> None:
+        try:
+            self._enter("close")
+        finally:  # a descriptor is gone also when closing it fails
+            os.close(fd)
+
     @property
     def failed(self) -> bool:
         return len(self.log) >= self.fail_at
@@ -78,3 +84,14 @@ class NoExchange(LocalStorage):
 
     def exchange(self, first: Any, second: Any) -> None:
         raise OSError(22, "Invalid argument", first, None, second)
+
+
+class OnlyInside(LocalStorage):
+    """A directory that may be written to, in one that may not."""
+
+    directory = ""
+
+    def make_directory(self, path: Any) -> None:
+        if not os.fspath(path).startswith(self.directory + os.sep):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        super().make_directory(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -48,8 +49,8 @@ class Transaction:
     ) -> None:
         """Write tensors to shards `<stem>-0000r-of-0000n.safetensors` and `<stem>.safetensors.index.json`.
 
-        All ranks write to the same stem, each its own tensors, possibly none; shards are numbered in the order
-        of ranks. The save replaces every older file of that stem.
+        All ranks write to the same stem, each its own tensors, possibly none; shards are numbered in the
+        order of ranks. The save replaces every older file of that stem.
 
         Args:
             tensors: Names that no other rank writes.
@@ -99,6 +100,8 @@ class Transaction:
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a small file; one rank does so for each name."""
         write_small(self._storage, self._place(name), data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._record.files.append(StagedFile(name, name, len(data), sha256=sha256))
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, indented as Hugging Face does; one rank does so for each name."""

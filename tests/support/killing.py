@@ -1,0 +1,149 @@
+"""Savers that die, and what is left after. These run in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sharded_ckpt.checkpoint.reader import open_checkpoint
+from sharded_ckpt.checkpoint.storage import LocalStorage
+from support.checkpoints import recovered_version, save_version, values, version_in
+from support.forks import fork, kill_after
+from support.storages import DeadlyStorage, NoExchange
+
+
+class DeadlyNoExchange(DeadlyStorage, NoExchange):
+    """Kills its process at the n-th operation, on a file system that cannot exchange."""
+
+    def exchange(self, first: Any, second: Any) -> None:
+        self._enter("exchange")
+        NoExchange.exchange(self, first, second)
+
+
+def die_at_every_operation(parent: str, mode: str) -> dict[str, int]:
+    """Kill a saver before its n-th operation, for every n, and check what is left each time.
+
+    Returns:
+        How many died, and after how many of these the old or the new checkpoint was there.
+    """
+    directory, counts = Path(parent) / "ckpt", {"died": 0, "old": 0, "new": 0}
+    healthy = NoExchange(durable=False) if mode == "name by name" else LocalStorage(durable=False)
+    old: int | None = None
+    for number in range(1, 1000):
+        new = number
+        kind = DeadlyNoExchange if mode == "name by name" else DeadlyStorage
+        pid = fork(lambda n=new, kind=kind, number=number: save_version(directory, n, storage=kind(number)))
+        status = os.waitpid(pid, 0)[1]
+        found = recovered_version(directory)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            assert found == new
+            return counts
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        assert found in (old, new), f"operation {number}: {found} is neither {old} nor {new}"
+        counts["died"] += 1
+        counts["new" if found == new else "old"] += 1
+        if mode == "new":
+            _next_save(Path(parent), Path(parent) / "other", 0, healthy)
+            if directory.exists():
+                directory.rename(Path(parent) / "done")
+                _remove(Path(parent) / "done")
+            _remove(Path(parent) / "other")
+        else:
+            old = 1000 + number
+            _next_save(Path(parent), directory, old, healthy)
+    raise AssertionError("it never ends")
+
+
+def die_at_random_moments(parent: str, mode: str, times: int, seed: int) -> dict[str, int]:
+    """Kill a saver after random times, with everything on the disk as usual."""
+    directory, counts, dice = Path(parent) / "ckpt", {"died": 0, "old": 0, "new": 0}, random.Random(seed)
+    storage = NoExchange() if mode == "name by name" else LocalStorage()
+    began = time.monotonic()
+    for version in (1, 2, 3):
+        save_version(directory, version, storage=storage)
+    usual, old, new = (time.monotonic() - began) / 3, 3, 4
+    while counts["died"] < times:
+        pid = fork(lambda n=new: save_version(directory, n, storage=storage))
+        killed = kill_after(pid, dice.uniform(0, 1.5 * usual))
+        found = recovered_version(directory)
+        assert found in ((old, new) if killed else (new,))
+        if killed:
+            counts["died"] += 1
+            counts["new" if found == new else "old"] += 1
+            if dice.random() < 0.5:  # some litter meets litter
+                new += 1
+                _next_save(Path(parent), directory, new, storage)
+                found = new
+        old, new = found, new + 1
+    _next_save(Path(parent), directory, new, storage)
+    return counts
+
+
+def _next_save(parent: Path, directory: Path, version: int, storage: LocalStorage) -> None:
+    save_version(directory, version, storage=storage)
+    assert version_in(directory) == version
+    left = [name for name in os.listdir(parent) if name.startswith(".")]
+    left += [str(path) for path in directory.rglob("*") if path.name.startswith(".") or "rank-" in path.name]
+    assert not left, f"left behind: {left}"
+
+
+def _remove(directory: Path) -> None:
+    for path in directory.iterdir():
+        path.unlink()
+    directory.rmdir()
+
+
+def save_beyond_a_limit(parent: str) -> str:
+    """Save files that are larger than this process may write; return what the system said."""
+    directory = Path(parent) / "ckpt"
+    save_version(directory, 1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4500, resource.RLIM_INFINITY))
+    try:
+        save_version(directory, 2)
+    except OSError as error:
+        return str(error.__cause__.strerror) if isinstance(error.__cause__, OSError) else repr(error)
+    return "nothing"
+
+
+def read_while_others_save(parent: str, mode: str, times: int) -> dict[str, int]:
+    """Read a checkpoint over and over while a fork saves to it; every read must be of one save."""
+    directory = Path(parent) / "ckpt"
+    storage = NoExchange(durable=False) if mode == "name by name" else LocalStorage(durable=False)
+    save_version(directory, 0, storage=storage)
+
+    def save() -> None:
+        for version in range(1, times + 1):
+            save_version(directory, version, storage=storage)
+
+    pid, counts, last = fork(save), {"reads": 0, "versions": 0}, -1
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        version = _read_whole(directory)
+        assert version >= last, "time goes forward"
+        counts["reads"] += 1
+        counts["versions"] += version != last
+        last = version
+        if ended:
+            assert status == 0
+            assert last == times
+            return counts
+
+
+def _read_whole(directory: Path) -> int:
+    reader = open_checkpoint(directory, lambda index: index.keys())
+    found = reader.read()
+    version = int(found["scale"])
+    wanted = values(version)
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), f"{name} is not of version {version}"
+    return version
