@@ -176,7 +176,7 @@ class ControlGroup:
         """
         for turn in itertools.zip_longest(*(_chunks(to, ts, chunk_bytes) for to, ts in outgoing.items())):
             for to, chunk in filter(None, turn):
-                raw = _bytes_of(chunk.cpu().resolve_conj().resolve_neg().contiguous())
+                raw = bytes_of(chunk.cpu().resolve_conj().resolve_neg().contiguous())
                 self._transfer("isend", raw, to)
                 if sent:
                     sent(raw.numel())
@@ -207,7 +207,7 @@ class ControlGroup:
             for part in chunks(into, chunk_bytes, dtype.itemsize):
                 direct = part.dtype == dtype and part.device.type == "cpu" and part.is_contiguous()
                 landing = part if direct else torch.empty(part.shape, dtype=dtype, device="cpu")
-                self._transfer("irecv", _bytes_of(landing), source)
+                self._transfer("irecv", bytes_of(landing), source)
                 if not direct:
                     part.copy_(landing)
 
@@ -262,7 +262,7 @@ def _chunks(to: int, tensors: Iterable[Tensor], limit: int) -> Iterator[tuple[in
             yield to, chunk
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
     """View a contiguous tensor as bytes: gloo knows few dtypes, and bytes keep every bit."""
     import torch
 

@@ -18,10 +18,10 @@ LAYERS: list[tuple[str, ...]] = [
     # how a process stands to the others
     ("store_thread", "verdict", "agreement", "collective", "runtime"),
     # one rank's model, before it has weights
-    ("partition", "ownership", "costs", "surgery", "config", "model", "model_bytes"),
+    ("partition", "ownership", "costs", "surgery", "config", "model", "model_bytes", "carried_files"),
     # weights in and out
     (
-        *("plan", "progress", "load_report", "filling", "loader", "loading"),
+        *("plan", "progress", "load_report", "pickled", "filling", "loader", "loading"),
         *("distribution", "owned_tensors", "distribute", "saving"),
         *("carried_files", "saved_config", "saved_tensors", "shared_tensors"),
     ),
