@@ -154,7 +154,7 @@ def _remote_class(config: PreTrainedConfig) -> Any:
     name = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if name is None or not type(config).__module__.startswith("transformers_modules"):
         return None
-    return get_class_from_dynamic_module(name, config.name_or_path)
+    return get_class_from_dynamic_module(name, config.name_or_path or "")
 
 
 def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -19,7 +19,7 @@ from patchers.descriptor import ModelDescriptor
 from patchers.errors import CheckpointError, ConfigError
 from patchers.families import PLAIN_FAMILIES
 from patchers.names import fold
-from sharded_ckpt.checkpoint.reader import CheckpointReader, open_checkpoint
+from sharded_ckpt.checkpoint.reader import CheckpointReader
 from sharded_ckpt.checkpoint.tensors import dtype_of
 from sharded_ckpt.config import load_model_config
 from sharded_ckpt.filling import (
@@ -34,6 +34,7 @@ from sharded_ckpt.load_report import LoadReport
 from sharded_ckpt.model import build_skeleton, create_local_shard_
 from sharded_ckpt.model_bytes import model_bytes
 from sharded_ckpt.ownership import check_disjoint_cover, check_ownership, plan_ownership
+from sharded_ckpt.pickled import PickledReader, open_reader
 from sharded_ckpt.plan import LoadPlan, ModelNames, keys_of_blocks, plan_load
 from sharded_ckpt.runtime import Runtime
 
@@ -64,7 +65,7 @@ def open_loader(
 ) -> ShardLoader:
     """Open a checkpoint and prepare a load; again, if a save replaces the checkpoint meanwhile."""
     for _ in range(_ATTEMPTS):
-        reader = open_checkpoint(location, **where)
+        reader = open_reader(location, **where)
         loader = ShardLoader(reader, options, runtime)
         try:
             loader.prepare()
@@ -82,7 +83,7 @@ def open_loader(
 class ShardLoader:
     """The state of one load. The steps are called in order: `prepare`, `fill`, `finish`."""
 
-    reader: CheckpointReader
+    reader: CheckpointReader | PickledReader
     options: LoadOptions
     runtime: Runtime
     started: float = field(default_factory=time.perf_counter)

@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchers.names import block_of
+from patchers.errors import MissingKeysError
+from patchers.names import block_of, fold
 from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.progress import byte_progress
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from patchers.deci_x import BlockConfigs
     from patchers.descriptor import ModelDescriptor
-    from sharded_ckpt.checkpoint.index import CheckpointIndex
     from sharded_ckpt.runtime import Runtime
 
 Route = Literal["auto", "direct", "converted"]
@@ -48,6 +48,7 @@ def load_and_shard_model(
     token: str | bool | None = None,
     cache_dir: PathOrId | None = None,
     local_files_only: bool = False,
+    allow_pickle: bool = False,
     progress: bool | Callable[[int], object] | None = None,
 ) -> PreTrainedModel:
     """Load the blocks that this rank owns of a (heterogeneous) checkpoint into the native class.
@@ -75,6 +76,8 @@ def load_and_shard_model(
         token: For the hub.
         cache_dir: Where downloads are kept.
         local_files_only: Never reach for the network.
+        allow_pickle: Whether weights may come out of `.bin` files where there is no safetensors; they are
+            opened with `weights_only=True`.
         progress: Whether to show a bar of the bytes read; by default on the main rank of a terminal. Or a
             function that is told each number of bytes read.
 
@@ -117,7 +120,7 @@ def load_and_shard_model(
     )
     here = as_runtime(runtime)
     with together(here.control, f"planning the load of {os.fspath(checkpoint_path)}"):
-        loader = open_loader(checkpoint_path, where, options, here)
+        loader = open_loader(checkpoint_path, {**where, "allow_pickle": allow_pickle}, options, here)
     loader.agree()
     with together(here.control, f"loading {os.fspath(checkpoint_path)}"):
         with byte_progress(progress, loader.nbytes, here.is_main_process) as count:
@@ -139,6 +142,7 @@ def load_sharded_state_dict(
     token: str | bool | None = None,
     cache_dir: PathOrId | None = None,
     local_files_only: bool = False,
+    allow_pickle: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Load tensors of a checkpoint by key.
 
@@ -155,6 +159,7 @@ def load_sharded_state_dict(
         token: For the hub.
         cache_dir: Where downloads are kept.
         local_files_only: Never reach for the network.
+        allow_pickle: Whether tensors may come out of `.bin` files where there is no safetensors.
 
     Returns:
         The tensors by key.
@@ -166,23 +171,24 @@ def load_sharded_state_dict(
     """
     if isinstance(keys_to_load, str):
         raise TypeError(f"keys_to_load is an iterable of keys, not one string: pass [{keys_to_load!r}]")
-    from sharded_ckpt.checkpoint.reader import open_checkpoint
     from sharded_ckpt.filling import cast_rule
+    from sharded_ckpt.pickled import open_reader
 
-    wanted = None if keys_to_load is None else list(dict.fromkeys(keys_to_load))
-    options = {
+    where = {
         "revision": revision,
         "token": token,
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
-    present: list[str] = []
-
-    def choose(index: CheckpointIndex) -> list[str]:
-        present[:] = [key for key in (index.keys() if wanted is None else wanted) if key in index]
-        return present if allow_missing or wanted is None else wanted
-
-    reader = open_checkpoint(model_name_or_path, choose, **options)
+    reader = open_reader(model_name_or_path, allow_pickle=allow_pickle, **where)
+    wanted = list(reader.index.keys() if keys_to_load is None else dict.fromkeys(keys_to_load))
+    present = [key for key in wanted if key in reader.index]
+    if len(present) < len(wanted) and not allow_missing:
+        missing = [key for key in wanted if key not in reader.index]
+        raise MissingKeysError(
+            f"{reader.index.location} has no tensors {fold(missing)}; pass allow_missing=True if they may be "
+            "absent"
+        )
     rule = None if dtype is None else cast_rule(dict.fromkeys(present, dtype))
     return reader.read(present, device=device, dtype=rule, materialize=materialize)
 

@@ -24,7 +24,7 @@ from patchers.errors import (
     MissingKeysError,
     OwnershipError,
 )
-from sharded_ckpt import load_and_shard_model, load_model_config
+from sharded_ckpt import load_and_shard_model, load_model_config, load_sharded_state_dict
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -224,7 +224,30 @@ def test_pickled_weights_are_refused_with_a_hint(folder: Path) -> None:
     for file in folder.glob("model*"):
         file.unlink()
     torch.save({"a": torch.ones(1)}, folder / "pytorch_model.bin")
-    refused(CheckpointError, folder, "pytorch_model.bin")
+    refused(CheckpointError, folder, "pytorch_model.bin", "allow_pickle=True")
+
+
+def test_pickled_weights_are_read_for_those_who_ask(folder: Path) -> None:
+    reference, saved = load_and_shard_model("auto", folder, materialize=True), tensors_of(folder)
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save(saved, folder / "pytorch_model.bin")
+    assert_same_tensors(load_and_shard_model("auto", folder, allow_pickle=True), reference)
+    half = load_and_shard_model("auto", folder, {1}, allow_pickle=True, dtype=torch.bfloat16)
+    assert half.load_report.cast == {"float32 -> bfloat16": tuple(half.state_dict())}
+    assert set(load_sharded_state_dict(folder, [UP], allow_pickle=True)) == {UP}
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("raise SystemExit('the pickle ran')",))
+
+
+def test_pickles_run_no_code_even_for_those_who_ask(folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    torch.save({"a": Bomb()}, folder / "pytorch_model.bin")
+    refused(CheckpointError, folder, "pytorch_model.bin", allow_pickle=True)
 
 
 def test_config_of_unknown_family_says_so(folder: Path) -> None:
