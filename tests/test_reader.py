@@ -325,12 +325,13 @@ class TestRing:
         def shorten(_: int) -> None:
             os.truncate(file, MB)
 
+        small = StagingRing(torch.device("cpu"), slots=2, slot_bytes=MB)
+        read = {
+            True: lambda: small.read(reader.plan(), Casting(None), shorten),
+            False: lambda: reader.read(materialize=True, progress=shorten),
+        }
         with pytest.raises(CheckpointError, match=r"model\.safetensors: the file shrank while it was read"):
-            if ring:
-                small = StagingRing(torch.device("cpu"), slots=2, slot_bytes=MB)
-                small.read(reader.plan(), Casting(None), shorten)
-            else:
-                reader.read(materialize=True, progress=shorten)
+            read[ring]()
 
 
 class Recording(LocalSource):

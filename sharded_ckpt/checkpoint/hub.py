@@ -113,24 +113,17 @@ class HubSource:
         wanted = [download for download in self.downloads(names) if not download.is_cached]
         if not wanted or self._sizes is None:
             return
-        from huggingface_hub import snapshot_download
-
         logger.info(
             "%s: downloading %d files, %.2f GB",
             self.location,
             len(wanted),
             sum(download.nbytes for download in wanted) / 1e9,
         )
-        try:
-            folder = snapshot_download(
-                self._repo,
-                revision=self._commit,
-                token=self._token,
-                cache_dir=self._cache_dir,
-                allow_patterns=[glob.escape(download.name) for download in wanted],
-            )
-        except Exception as error:  # of whichever HTTP client huggingface_hub uses
-            raise self._unreachable(error) from error
+        # By its name, so that the cache knows later, without a connection, which commit that was; unless the
+        # branch has moved on since the files were listed.
+        folder = self._download(self._revision, wanted)
+        if folder.name != self._commit:
+            folder = self._download(self._commit, wanted)
         self._folder = LocalSource(folder)
 
     def local_path(self, name: str) -> Path:
@@ -152,8 +145,23 @@ class HubSource:
         info = HfApi(token=self._token).model_info(
             self._repo, revision=self._revision, files_metadata=True, token=self._token
         )
-        self._commit = info.sha
+        self._commit = info.sha or self._revision
         return {file.rfilename: file.size or 0 for file in info.siblings or ()}
+
+    def _download(self, revision: str, wanted: Iterable[Download]) -> Path:
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = snapshot_download(
+                self._repo,
+                revision=revision,
+                token=self._token,
+                cache_dir=self._cache_dir,
+                allow_patterns=[glob.escape(download.name) for download in wanted],
+            )
+        except Exception as error:  # of whichever HTTP client huggingface_hub uses
+            raise self._refusal(error) from error
+        return Path(folder)
 
     def _find_cached(self, error: Exception | None) -> LocalSource | None:
         """Return the folder of the cache that holds this commit, or the last known one of the revision."""
@@ -170,7 +178,7 @@ class HubSource:
         except Exception as nothing:  # neither is it in the cache
             if self._sizes is not None:
                 return None
-            raise self._unreachable(error or nothing) from error
+            raise self._refusal(error or nothing) from error
         return LocalSource(folder)
 
     def _here(self) -> LocalSource:
@@ -192,14 +200,15 @@ class HubSource:
             response = get_session().get(url, headers=headers)
             hf_raise_for_status(response)
         except Exception as error:  # of whichever HTTP client huggingface_hub uses
-            raise self._unreachable(error) from error
+            raise self._refusal(error) from error
         content: bytes = response.content
         return content if response.status_code == 206 else content[begin:end]
 
-    def _unreachable(self, error: Exception) -> CheckpointError:
+    def _refusal(self, error: Exception) -> CheckpointError:
+        """Say why the hub gives nothing, and what to try."""
         from huggingface_hub import errors
 
-        where = f"{self.location}: neither a directory here nor a repository on the hub"
+        reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
         if isinstance(error, errors.GatedRepoError):
             return CheckpointError(
                 f"{self.location}: the repository is gated: accept its terms on its page, "
@@ -209,15 +218,16 @@ class HubSource:
             return CheckpointNotFoundError(
                 f"{self.location}: the repository has no revision {self._revision!r}"
             )
+        if self._sizes is not None:
+            return CheckpointError(f"{self.location}: the download failed, try again ({reason})")
+        where = f"{self.location}: neither a directory here nor a repository on the hub"
         if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
             return CheckpointNotFoundError(
                 f"{where}; check the name, and log in with `hf auth login` if it is private"
             )
-        if isinstance(error, errors.LocalEntryNotFoundError):
+        if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
             return CheckpointNotFoundError(
                 f"{where} that was downloaded before, and downloads are off "
                 "(local_files_only=True or HF_HUB_OFFLINE)"
             )
-        return CheckpointNotFoundError(
-            f"{where} that can be reached or was downloaded before ({type(error).__name__}: {error})"
-        )
+        return CheckpointNotFoundError(f"{where} that can be reached or was downloaded before ({reason})")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +38,7 @@ class RemoteSource:
         self.location = url.rstrip("/")
         self._entry: str | None = None
         self._root = root.rstrip("/")
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._cache_dir = cache_dir
+        self._copies = None if cache_dir is None else Path(cache_dir)
         if url.endswith((".safetensors", ".json")):
             self._root, _, self._entry = self._root.rpartition("/")
             self.location = self.location.rpartition("/")[0]
@@ -80,9 +81,10 @@ class RemoteSource:
 
     def local_path(self, name: str) -> Path:
         """Return the path of a local copy of a file; makes it if there is none yet."""
-        if self._cache_dir is None and self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="sharded-ckpt-")
-        path = Path(self._temporary.name if self._temporary else self._cache_dir or "") / name
+        if self._copies is None:
+            self._copies = Path(tempfile.mkdtemp(prefix="sharded-ckpt-"))
+            weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
+        path = self._copies / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._errors(f"{self.location}/{name}"):
