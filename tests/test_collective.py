@@ -70,6 +70,24 @@ def one_does_not_come(rank: int, how: str, timeout: float) -> tuple[str, dict[in
     raise AssertionError("nobody noticed")
 
 
+def dies_inside_the_vote(rank: int) -> list[str]:
+    """One rank votes and is killed while it waits: that vote counts, the next one misses it."""
+    control = control_group(timeout=2)
+    control.vote(None, "starting")
+    if control.rank == rank:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    else:
+        time.sleep(0.8)
+    told = []
+    for doing in ("reading", "saving"):
+        try:
+            control.vote(None, doing)
+            told.append("well")
+        except CollectiveError as error:
+            told.append(str(error))
+    return told
+
+
 def main_rank_comes_last_and_leaves() -> None:
     control = control_group(timeout=20)
     if control.rank == 0:
@@ -337,6 +355,13 @@ def test_a_rank_that_does_not_answer_is_named_in_time(
         assert told == text
         assert failures == {rank: why}
         assert seconds < 4
+
+
+def test_a_rank_that_dies_inside_a_vote_is_named_by_the_next(gloo: Gloo) -> None:
+    first, _, last = gloo.run(dies_inside_the_vote, 1, world_size=3, lost=[1])
+    assert first == last
+    assert first[0] == "well"
+    assert first[1].startswith("saving failed on rank 1 of 3: no sign of life for 1.5 s (dead or frozen); ")
 
 
 def test_a_rank_that_has_left_is_seen_at_once(gloo: Gloo) -> None:
