@@ -116,11 +116,18 @@ def _leave(store: Store, rank: int, world_size: int) -> None:
 
 
 def _all_have_read(store: Store, world_size: int) -> bool:
-    keys = [read_by(rank) for rank in range(world_size)]
     try:
-        return not store.check(keys[:1]) or (store.check(keys) and len(set(store.multi_get(keys))) == 1)
+        last = _value(store, read_by(0))
+        return all(
+            _value(store, read_by(rank)) == last or _value(store, life_of(rank)) == LEFT
+            for rank in range(1, world_size)
+        )
     except RuntimeError:
         return True
+
+
+def _value(store: Store, key: str) -> bytes | None:
+    return store.get(key) if store.check([key]) else None
 
 
 def _dismiss(jobs: queue.SimpleQueue[Any], thread: threading.Thread) -> None:
