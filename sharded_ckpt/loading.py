@@ -92,8 +92,9 @@ def load_and_shard_model(
         CollectiveError: On all ranks, when some of several failed.
 
     Example:
-        >>> model = load_and_shard_model("auto", "path/to/checkpoint", {0, 1, 2})  # doctest: +SKIP
-        >>> print(model.load_report)  # doctest: +SKIP
+        >>> shard = load_and_shard_model("auto", checkpoint, {0, 1})  # the path of a checkpoint
+        >>> shard.load_report.blocks, len(list(shard.parameters()))
+        ((0, 1), 19)
     """
     where = {
         "revision": revision,
@@ -168,6 +169,11 @@ def load_sharded_state_dict(
         MissingKeysError: The checkpoint lacks keys, and `allow_missing` is off.
         CheckpointError: The files are broken.
         TypeError: `keys_to_load` is one string.
+
+    Example:
+        >>> tensors = load_sharded_state_dict(checkpoint, ["lm_head.weight"])  # the path of a checkpoint
+        >>> tensors["lm_head.weight"].shape
+        torch.Size([128, 64])
     """
     if isinstance(keys_to_load, str):
         raise TypeError(f"keys_to_load is an iterable of keys, not one string: pass [{keys_to_load!r}]")
