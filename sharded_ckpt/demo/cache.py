@@ -65,7 +65,8 @@ def _record(stage: Path, recipe: Mapping[str, Any]) -> None:
     record = stage / RECORD
     record.write_text(json.dumps(made, indent=2) + "\n")
     for file in files:  # safetensors makes its files 0600; the record has what the umask gives
-        file.chmod(record.stat().st_mode)
+        if not file.is_symlink() and file.stat().st_nlink == 1:  # what is linked belongs to another folder
+            file.chmod(record.stat().st_mode)
 
 
 def _is_whole(folder: Path, recipe: Mapping[str, Any]) -> bool:

@@ -1,0 +1,129 @@
+"""What each rank of the demo does: load its shard of each model, run it, compare it with the files.
+
+Importing this module imports torch and transformers; the rank's clock starts before that.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from patchers.descriptor import ModelDescriptor
+from sharded_ckpt.config import load_model_config
+from sharded_ckpt.load_report import LoadReport
+from sharded_ckpt.loading import load_and_shard_model
+from sharded_ckpt.runtime import Runtime, default_runtime
+
+from .comparison import compare_with_files
+from .memory import forget_peak_memory, peak_memory
+from .ranks import Place
+from .results import RankResult, ShardResult
+from .score import complete, loss
+from .stage import Stage
+from .text import PARAGRAPH, PROMPT
+
+_MOST_TOKENS = 24
+
+
+def work(place: Place, folders: Sequence[Path], began: float) -> RankResult:
+    """Load, run and check this rank's shard of each model.
+
+    Args:
+        place: Which rank this is, and where the ranks meet.
+        folders: The checkpoints, of one family and with one tokenizer.
+        began: When this rank began, by `time.perf_counter`.
+    """
+    _share_cores(place.world_size)
+    descriptor = ModelDescriptor.from_config(load_model_config(folders[0]))  # imports the family's modules
+    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    with _process_group(place):
+        runtime = default_runtime(device="cpu", timeout=place.timeout)
+        runtime.control.gather(None, "meeting after the imports")
+        start_seconds = time.perf_counter() - began
+        shards = [_examine(folder, descriptor, tokenizer, runtime) for folder in folders]
+    return RankResult(start_seconds, tuple(shards))
+
+
+def _share_cores(world_size: int) -> None:
+    # The ranks run in turns, so each could take all cores; but idle OpenMP threads spin, and where anything
+    # else wants the cores, that makes the turns several times longer.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
+
+
+@contextmanager
+def _process_group(place: Place) -> Iterator[None]:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{place.meeting}",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=place.timeout),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _Memory:
+    """Peak memory over what the process has when this is made."""
+
+    def __init__(self) -> None:
+        gc.collect()  # the model before
+        forget_peak_memory()
+        self._before = peak_memory()
+
+    def peak(self) -> int:
+        return max(0, peak_memory() - self._before)
+
+
+def _examine(
+    folder: Path,
+    descriptor: ModelDescriptor,
+    tokenizer: PreTrainedTokenizerBase,
+    runtime: Runtime,
+) -> ShardResult:
+    memory = _Memory()
+    began = time.perf_counter()
+    shard = load_and_shard_model(descriptor, folder, runtime=runtime, progress=False)
+    load_seconds, load_peak = time.perf_counter() - began, memory.peak()
+    forget_peak_memory()
+    report: LoadReport = shard.load_report  # type: ignore[assignment]
+    found, completion = _run(Stage(shard, report.blocks, runtime.control), tokenizer)
+    run_peak = memory.peak()
+    comparison = compare_with_files(shard, folder)
+    return ShardResult(
+        rank=runtime.global_rank,
+        blocks=report.blocks,
+        nbytes=report.nbytes,
+        load_seconds=load_seconds,
+        load_peak_bytes=load_peak,
+        run_peak_bytes=run_peak,
+        equal=comparison.equal,
+        differing=comparison.differing,
+        loss=found,
+        completion=completion,
+    )
+
+
+def _run(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> tuple[float | None, str]:
+    """Return the loss on the paragraph, and how the model goes on with the prompt until the line ends."""
+    eos = stage.shard.generation_config.eos_token_id
+    ends = {*eos} if isinstance(eos, list) else {eos}
+
+    def is_done(made: list[int]) -> bool:
+        return bool(made) and (made[-1] in ends or "\n" in tokenizer.decode(made))
+
+    found = loss(stage, tokenizer(PARAGRAPH)["input_ids"])
+    made = complete(stage, tokenizer(PROMPT)["input_ids"], limit=_MOST_TOKENS, is_done=is_done)
+    return found, str(tokenizer.decode(made, skip_special_tokens=True)).rstrip()
