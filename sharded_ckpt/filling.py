@@ -9,7 +9,6 @@ nothing global is patched. Both end in the same tail.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ from patchers.deci_x import BlockConfigs, deci_x_patcher
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import CheckpointError, MissingKeysError
 from patchers.names import fold
+from sharded_ckpt.checkpoint.garbage import paused_collection
 from sharded_ckpt.model import create_local_shard_
 from sharded_ckpt.plan import LoadPlan
 
@@ -81,7 +81,7 @@ def fill_directly(model: PreTrainedModel, plan: LoadPlan, tensors: Mapping[str, 
         plan: Which key feeds what.
         tensors: By key, in their final dtype and on their final device.
     """
-    with collector_paused():
+    with paused_collection():
         modules = dict(model.named_modules())
         for name, key in plan.sources.items():
             owner, _, attribute = name.rpartition(".")
@@ -175,18 +175,6 @@ def check_complete(model: nn.Module, device: torch.device) -> None:
     astray = [name for name, tensor in tensors if tensor.device.type != device.type]
     if astray:
         raise CheckpointError(f"these are not on {device}: {fold(astray)}; please report this")
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Pause the cyclic garbage collector: with 10^5 small objects in the making it doubles the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _assign(module: nn.Module, attribute: str, tensor: torch.Tensor) -> None:

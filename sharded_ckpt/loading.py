@@ -154,7 +154,7 @@ def load_sharded_state_dict(
         keys_to_load: Any iterable of keys; None loads everything.
         device: Where the tensors are to be. On the CPU they are views of the mapped files.
         allow_missing: Whether keys that the checkpoint lacks may be left out of the result.
-        dtype: To cast floating-point tensors to; None leaves all as they are.
+        dtype: To cast tensors of plain floating dtypes to; integers and quantised ones stay as they are.
         materialize: Copy into memory instead of mapping.
         revision: Of a hub id.
         token: For the hub.
@@ -177,7 +177,6 @@ def load_sharded_state_dict(
     """
     if isinstance(keys_to_load, str):
         raise TypeError(f"keys_to_load is an iterable of keys, not one string: pass [{keys_to_load!r}]")
-    from sharded_ckpt.filling import cast_rule
     from sharded_ckpt.pickled import open_reader
 
     where = {
@@ -195,8 +194,7 @@ def load_sharded_state_dict(
             f"{reader.index.location} has no tensors {fold(missing)}; pass allow_missing=True if they may be "
             "absent"
         )
-    rule = None if dtype is None else cast_rule(dict.fromkeys(present, dtype))
-    return reader.read(present, device=device, dtype=rule, materialize=materialize)
+    return reader.read(present, device=device, dtype=dtype, materialize=materialize)
 
 
 def is_in_safetensors_format(checkpoint_dir: PathOrId) -> bool:

@@ -13,6 +13,7 @@ from sharded_ckpt.checkpoint.index import CheckpointIndex
 from sharded_ckpt.checkpoint.pickle_source import read_pickle_shards
 from sharded_ckpt.checkpoint.reader import CheckpointReader, open_checkpoint
 from sharded_ckpt.checkpoint.source import TensorSource, open_source
+from sharded_ckpt.checkpoint.tensors import Casting
 from sharded_ckpt.checkpoint.writer import describe
 
 
@@ -58,15 +59,16 @@ class PickledReader:
         keys: Iterable[str],
         *,
         device: torch.device | str = "cpu",
-        dtype: Callable[[str, torch.dtype], torch.dtype] | None = None,
+        dtype: torch.dtype | Callable[[str, torch.dtype], torch.dtype] | None = None,
         materialize: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Return tensors in the dtype that a rule gives each of them. See `CheckpointReader.read`."""
+        """Return tensors. See `CheckpointReader.read`."""
+        casting = Casting(dtype)
         read = {}
         for key in keys:
             found: Any = self._tensors[key]
-            wanted = found.dtype if dtype is None else dtype(key, found.dtype)
+            wanted = casting.target(key, found.dtype)
             read[key] = found.to(device=device, dtype=wanted, copy=materialize)
             if progress is not None:
                 progress(found.nbytes)
