@@ -1,10 +1,9 @@
 """The two ways in which tensors of a checkpoint reach the parameters of a shard.
 
-*Direct*: they are assigned as they are. Fast, and open only to families whose checkpoints are known by test
-    to have
-the names, shapes and dtypes of the modules. *Converted*: transformers' own loader does it, with its renames,
+*Direct*: they are assigned as they are. Fast, and open only to families whose checkpoints are known by test to
+have the names, shapes and dtypes of the modules. *Converted*: transformers' own loader does it, with its renames,
 fused experts and dtype rules, on a throwaway subclass that cuts itself down to the shard before it is filled;
-nothing global is patched. Both end in the same tail.
+nothing global is patched.
 """
 
 from __future__ import annotations
@@ -51,14 +50,14 @@ def cast_rule(wanted: Mapping[str, torch.dtype]) -> Callable[[str, torch.dtype],
 
 
 def check_shapes(
-    plan: LoadPlan, model: nn.Module, entries: Mapping[str, Any], files: Mapping[str, str]
+    plan: LoadPlan, wanted: Mapping[str, torch.Tensor], entries: Mapping[str, Any], files: Mapping[str, str]
 ) -> None:
-    """Compare the shapes in the files' headers with those of the model, before anything is read.
+    """Compare the shapes in the files' headers with those that the model wants, before anything is read.
 
     Raises:
         CheckpointError: They differ; it names key, file and both shapes.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
     wrong = [
         f"{key} in {files[key]} has shape {tuple(entries[key].shape)}, the model wants {shapes[name]}"
         for name, key in plan.sources.items()
@@ -162,17 +161,16 @@ def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
             _initialise_unloaded(model, module)
 
 
-def check_complete(model: nn.Module, device: torch.device) -> None:
+def check_complete(made: Mapping[str, torch.Tensor], device: torch.device) -> None:
     """Make sure that nothing the shard owns was left without a value.
 
     Raises:
         CheckpointError: A parameter or buffer is on meta or on another device.
     """
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    empty = [name for name, tensor in tensors if tensor.is_meta]
+    empty = [name for name, tensor in made.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(f"these were left without a value: {fold(empty)}; please report this")
-    astray = [name for name, tensor in tensors if tensor.device.type != device.type]
+    astray = [name for name, tensor in made.items() if tensor.device.type != device.type]
     if astray:
         raise CheckpointError(f"these are not on {device}: {fold(astray)}; please report this")
 

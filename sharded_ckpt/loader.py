@@ -58,6 +58,7 @@ class LoadOptions:
     route: str = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    is_read_ahead: bool = False
 
 
 def open_loader(
@@ -107,13 +108,15 @@ class ShardLoader:
         self.ties = dict(self.shard.all_tied_weights_keys)
         self.owned = self._owned()
         create_local_shard_(self.shard, self.owned, self.descriptor)
+        self.wanted = self.shard.state_dict(keep_vars=True)
         self.plan = self._plan()
         self.keys = list(dict.fromkeys(self.plan.sources.values()))
         self.entries = self.reader.headers(self.keys)
         self.nbytes = sum(entry.nbytes for entry in self.entries.values())
         if self.is_plain:
-            check_shapes(self.plan, self.shard, self.entries, self.index.weight_map)
-        self.ahead = self.reader.prefetch(self.keys)
+            check_shapes(self.plan, self.wanted, self.entries, self.index.weight_map)
+        if not self.options.is_read_ahead:
+            self.reader.prefetch(self.keys)
 
     def agree(self) -> None:
         """Make sure that ranks which deal the blocks out among themselves deal out the same ones.
@@ -157,15 +160,16 @@ class ShardLoader:
             fill_directly(self.shard, self.plan, tensors)
             fill_buffers(self.shard, self.device)
         else:
-            self.shard = self._fill_converted()
+            self.shard = self._fill_converted().eval()
 
     def finish(self) -> PreTrainedModel:
         """Give the shard what transformers gives a loaded model, check it, and attach the report."""
-        model = self.shard.eval()
+        model = self.shard
         model.config.name_or_path = model.name_or_path = self._name_or_path()
         self._generation_config(model)
-        check_complete(model, self.device)
-        report = self._report(model)
+        made = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+        check_complete(made, self.device)
+        report = self._report(made)
         vars(model)["load_report"] = report
         if not report:
             logger.warning("%s", report)
@@ -228,7 +232,7 @@ class ShardLoader:
             return LoadPlan({key: key for key in hinted})
         names = ModelNames(
             whole=self.whole,
-            owned=list(self.shard.state_dict()),
+            owned=self.wanted,
             ties=self.ties,
             prefix=self.shard.base_model_prefix,
             ignorable=_ignorable(self.shard),
@@ -242,8 +246,7 @@ class ShardLoader:
         return dtype_of(key, self.entries[key], self.index.weight_map[key])
 
     def _wanted_dtypes(self) -> dict[str, torch.dtype]:
-        made = self.shard.state_dict(keep_vars=True)
-        return {key: made[name].dtype for name, key in self.plan.sources.items()}
+        return {key: self.wanted[name].dtype for name, key in self.plan.sources.items()}
 
     def _read(self, dtype: Any) -> Mapping[str, torch.Tensor]:
         return self.reader.read(
@@ -280,9 +283,8 @@ class ShardLoader:
         else:
             model.generation_config = GenerationConfig.from_model_config(model.config)
 
-    def _report(self, model: PreTrainedModel) -> LoadReport:
-        tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        made = dict(model.named_parameters(remove_duplicate=False))
+    def _report(self, made: Mapping[str, torch.Tensor]) -> LoadReport:
+        tensors = {id(tensor): tensor for tensor in made.values()}
         ties = [pair for pair in self.ties.items() if set(pair) <= set(made)]
         return LoadReport(
             location=self.source.location,
@@ -294,14 +296,13 @@ class ShardLoader:
             route=self.route,
             unexpected=self.plan.unexpected,
             ignored=self.plan.ignored,
-            cast=self._casts(model),
+            cast=self._casts(made),
             cast_asked=(self.options.dtype or self.runtime.dtype) is not None,
             tied=tuple(name for name, partner in ties if made[name] is made[partner]),
             untied=tuple(name for name, partner in ties if made[name] is not made[partner]),
         )
 
-    def _casts(self, model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
-        made = model.state_dict(keep_vars=True)
+    def _casts(self, made: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
         casts: dict[str, list[str]] = {}
         for name, key in self.plan.sources.items():
             found = self._found_dtype(key)

@@ -118,6 +118,7 @@ def load_and_shard_model(
         route=route,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        is_read_ahead=hint is not None,
     )
     here = as_runtime(runtime)
     with together(here.control, f"planning the load of {os.fspath(checkpoint_path)}"):

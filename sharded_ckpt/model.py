@@ -147,7 +147,7 @@ def _initialise(model: PreTrainedModel, device: torch.device) -> PreTrainedModel
 def _replace(model: PreTrainedModel, name: str, stub: type[Unowned], **options: Any) -> None:
     original = model.get_submodule(name)
     if not isinstance(original, Unowned):
-        set_submodule(model, name, stub(_without_storage(original), name, **options))
+        set_submodule(model, name, stub(_without_storage(original), name, **options).train(original.training))
 
 
 def _without_storage(module: nn.Module) -> nn.Module:
