@@ -56,7 +56,7 @@ NEVER_CARRIED: Final = (
 )
 """Patterns of names that are not carried over even if they fit: weights, their indexes, hidden files."""
 
-_READABLE_AS_DECILM = (Dialect.NEMOTRON_NAS, Dialect.TRANSITIONAL)
+READABLE_AS_DECILM = (Dialect.NEMOTRON_NAS, Dialect.TRANSITIONAL)
 
 
 def is_carried(name: str) -> bool:
@@ -114,10 +114,10 @@ def config_saying(
     """
     dialect = Dialect(dialect or detect_dialect(raw) or Dialect.ANYMODEL)
     family = raw.get("model_type")
-    if family in NATIVE_FAMILY and dialect not in _READABLE_AS_DECILM:
+    if family in NATIVE_FAMILY and dialect not in READABLE_AS_DECILM:
         raise ConfigError(
             f"a {family} config cannot say its blocks in {dialect.value}, which the code published with it "
-            f"does not read; use {' or '.join(known.value for known in _READABLE_AS_DECILM)}, or the native "
+            f"does not read; use {' or '.join(known.value for known in READABLE_AS_DECILM)}, or the native "
             "config that load_model_config gives"
         )
     kept = {name: value for name, value in raw.items() if name not in CONFIG_FIELDS}
