@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from sharded_ckpt.ownership import plan_ownership as plan_ownership
     from sharded_ckpt.runtime import Runtime as Runtime
     from sharded_ckpt.runtime import default_runtime as default_runtime
+    from sharded_ckpt.saving import save_sharded_checkpoint as save_sharded_checkpoint
+    from sharded_ckpt.saving import save_sharded_model as save_sharded_model
     from sharded_ckpt.surgery import set_submodule as set_submodule
 
 __version__ = "0.1.0"
@@ -42,6 +44,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "model": ("create_local_shard_", "create_sharded_model"),
         "ownership": ("OwnershipPlan", "plan_ownership"),
         "runtime": ("Runtime", "default_runtime"),
+        "saving": ("save_sharded_checkpoint", "save_sharded_model"),
         "surgery": ("set_submodule",),
         "errors": (
             "BlockConfigError",
