@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError, MissingKeysError
@@ -84,12 +85,10 @@ class CheckpointIndex:
         wanted = self.weight_map if keys is None else dict.fromkeys(keys)
         groups: dict[str, list[str]] = {}
         try:
-            for key in wanted:
-                file = self.weight_map[key]
-                if file in groups:
-                    groups[file].append(key)
-                else:
-                    groups[file] = [key]
+            for file, run in groupby(
+                wanted, self.weight_map.__getitem__
+            ):  # keys of a file stand in long runs
+                groups.setdefault(file, []).extend(run)
         except KeyError:
             raise self._missing(wanted) from None
         return {file: groups[file] for file in sorted(groups)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
+from operator import eq, itemgetter, le
 from typing import TYPE_CHECKING, Any
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError
@@ -30,6 +32,9 @@ _MAX_OPEN_SHARDS = 128
 
 _ATTEMPTS = 20
 
+_PLACE = itemgetter(2, 3)
+"""Begin and end of an entry: an empty tensor stands before the one that begins where it is."""
+
 
 class CheckpointReader:
     """Reads tensors of one checkpoint by name.
@@ -45,6 +50,7 @@ class CheckpointReader:
         self.source = source
         self.index = index
         self._shards: dict[str, Shard] = {}
+        self._unlisted_bytes = 0
 
     def headers(self, keys: Iterable[str] | None = None) -> dict[str, TensorEntry]:
         """Return dtype, shape and place of tensors; opens only the files that hold them.
@@ -175,22 +181,23 @@ class CheckpointReader:
 
     def _compare(self, file: str, shard: Shard) -> None:
         """Say what a header holds that the index does not know, or places in another file."""
-        weight_map = self.index.weight_map
-        if others := [key for key in shard.header.tensors if weight_map.get(key) != file]:
-            logger.warning(
-                "%s: the index does not name this file for %d of its tensors, which are ignored: %s",
-                shard.file,
-                len(others),
-                fold(others),
-            )
+        tensors, weight_map = shard.header.tensors, self.index.weight_map
+        if all(map(eq, map(weight_map.get, tensors), repeat(file))):
+            return
+        others = [key for key in tensors if weight_map.get(key) != file]
+        self._unlisted_bytes += sum(tensors[key].nbytes for key in others)
+        logger.warning(
+            "%s: the index does not name this file for %d of its tensors, which are ignored: %s",
+            shard.file,
+            len(others),
+            fold(others),
+        )
 
     def _compare_size(self) -> None:
+        """Say if the index is wrong about its size, once all files are open."""
         stated = self.index.total_size
-        found = sum(
-            self._shards[file].header.tensors[key].nbytes
-            for key, file in self.index.weight_map.items()
-            if key in self._shards[file].header.tensors
-        )
+        headers = [shard.header for shard in self._shards.values()]
+        found = sum(header.file_size - header.data_begin for header in headers) - self._unlisted_bytes
         if stated is not None and stated != found:
             logger.warning(
                 "%s/%s: total_size is %d bytes, the tensors have %d",
@@ -201,21 +208,21 @@ class CheckpointReader:
             )
 
     def _entries(self, file: str, keys: list[str]) -> list[Item]:
+        """Return the tensors of a file in file order."""
         tensors = self._shards[file].header.tensors
         try:
-            items = [(key, tensors[key]) for key in keys]
+            entries = list(map(tensors.__getitem__, keys))
         except KeyError:
             ghosts = [key for key in keys if key not in tensors]
             raise CheckpointError(
                 f"{self.source.location}/{file}: the index {self.index.file} says that this file holds "
                 f"{fold(ghosts)}, but it does not; rebuild the index from the files, or fetch them again"
             ) from None
-        items.sort(key=_place)
+        items = list(zip(keys, entries, strict=True))
+        places = list(map(_PLACE, entries))
+        if not all(map(le, places, places[1:])):
+            items = [items[number] for number in sorted(range(len(items)), key=places.__getitem__)]
         return items
-
-
-def _place(item: Item) -> tuple[int, int]:
-    return item[1][2:]  # an empty tensor stands before the one that begins where it is
 
 
 def open_checkpoint(
