@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.integrations import heterogeneity
 
-from patchers.activation import patched_init
+from patchers.activation import patched_init, unpatched
 from patchers.base_sizes import FieldNames
 from patchers.block_config import BlockConfig
 from patchers.descriptor import ModelDescriptor, SubBlock
@@ -70,6 +70,19 @@ def deci_x_patcher(
         yield
 
 
+@contextmanager
+def as_described(
+    descriptor: ModelDescriptor, config: PreTrainedConfig, block_configs: BlockConfigs | None = None
+) -> Iterator[None]:
+    """Build the blocks that a config describes, and no others: a plain config is built as ever.
+
+    Whatever `deci_x_patcher` is open around it does not count inside.
+    """
+    blocks = blocks_of(config, block_configs)
+    with unpatched() if blocks is None else deci_x_patcher(descriptor, blocks):
+        yield
+
+
 def blocks_of(config: PreTrainedConfig, asked: BlockConfigs | None = None) -> list[BlockConfig] | None:
     """Return one block config a layer: those asked for, else those that the config says, else None.
 
@@ -105,7 +118,14 @@ class _Patcher:
         """Build one decoder layer in place of its `__init__`."""
         call = inspect.signature(true_init).bind(layer, *args, **kwargs)
         call.apply_defaults()
-        config_name, config = _config_argument(call, layer)
+        config_name, config = _config_argument(call)
+        if config is None and self.asked is None:  # nobody can say anything of this layer
+            true_init(layer, *args, **kwargs)
+            return
+        if config is None:
+            raise FamilyError(
+                f"{type(layer).__name__} is not built from a config, so its blocks cannot be changed"
+            )
         base, blocks = self._read(config)
         if (
             blocks is None or id(layer) in self._building
@@ -162,11 +182,11 @@ def _size_of(wanted: Any) -> int | None:
     return getattr(wanted, "num_key_value_heads", None) or getattr(wanted, "intermediate_size", None)
 
 
-def _config_argument(call: inspect.BoundArguments, layer: nn.Module) -> tuple[str, PreTrainedConfig]:
+def _config_argument(call: inspect.BoundArguments) -> tuple[str, PreTrainedConfig | None]:
     for name, value in call.arguments.items():
         if isinstance(value, PreTrainedConfig):
             return name, base_config(value)
-    raise FamilyError(f"{type(layer).__name__} is not built from a config, so its blocks cannot be changed")
+    return "", None
 
 
 def _layer_index(call: inspect.BoundArguments, layer: nn.Module, count: int) -> int:
@@ -232,4 +252,4 @@ def _verify(layer: nn.Module, wanted: BlockConfig, base: Mapping[str, Any], inde
             )
 
 
-__all__ = ["BlockConfigs", "blocks_of", "deci_x_patcher"]
+__all__ = ["BlockConfigs", "as_described", "blocks_of", "deci_x_patcher"]

@@ -19,8 +19,8 @@ def warn_if_untested() -> None:
     if _minor(installed) > TESTED_TRANSFORMERS:
         tested = ".".join(map(str, TESTED_TRANSFORMERS))
         warnings.warn(
-            f"transformers {installed} is newer than {tested}, the newest version this was tested with; compare "
-            "a small model with plain transformers before you rely on it",
+            f"transformers {installed} is newer than {tested}, the newest version this was tested with; "
+            "compare a small model with plain transformers before you rely on it",
             UntestedVersionWarning,
             stacklevel=2,
         )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from patchers.deci_x import blocks_of
 from patchers.dialects import read_block_configs
@@ -71,18 +71,16 @@ def native_config(
         )
     if family in NATIVE_FAMILY:
         return _of_nemotron_nas(raw)
-    if trust_remote_code and "auto_map" in raw:
-        folder = source.local_path("config.json").parent
-        return AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    try:
-        config_class = type(AutoConfig.for_model(family))
-    except ValueError as error:
+    trusted = trust_remote_code and "auto_map" in raw
+    if family not in CONFIG_MAPPING and not trusted:
         raise ConfigError(
             f"config.json of {source.location} has model_type {family!r}, which transformers does not know; "
             "if its own code defines it and you trust that code, pass trust_remote_code=True"
-        ) from error
-    config = config_class.from_dict(dict(raw))
-    config.name_or_path = source.location
+        )
+    folder = source.local_path("config.json").parent
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    if not trusted:  # a class of remote code is looked up by this name
+        config.name_or_path = source.location
     return config
 
 

@@ -1,9 +1,9 @@
 """The two ways in which tensors of a checkpoint reach the parameters of a shard.
 
-*Direct*: they are assigned as they are. Fast, and open only to families whose checkpoints are known by test to
-have the names, shapes and dtypes of the modules. *Converted*: transformers' own loader does it, with its renames,
-fused experts and dtype rules, on a throwaway subclass that cuts itself down to the shard before it is filled;
-nothing global is patched.
+*Direct*: they are assigned as they are. Fast, and open only to families whose checkpoints are known by test
+to have the names, shapes and dtypes of the modules. *Converted*: transformers' own loader does it, with its
+renames, fused experts and dtype rules, on a throwaway subclass that cuts itself down to the shard before it
+is filled; nothing global is patched.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from patchers.deci_x import BlockConfigs, deci_x_patcher
+from patchers.deci_x import BlockConfigs, as_described
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import CheckpointError, MissingKeysError
 from patchers.names import fold
@@ -117,7 +117,7 @@ def fill_converted(
 
     names = {"__init__": __init__, "__module__": native.__module__, "__qualname__": native.__qualname__}
     throwaway: type[PreTrainedModel] = type(native.__name__, (native,), names)
-    with deci_x_patcher(descriptor, block_configs), _no_bar_of_transformers():
+    with as_described(descriptor, config, block_configs), _no_bar_of_transformers():
         try:
             loaded: Any = throwaway.from_pretrained(
                 None, config=config, state_dict=dict(state), output_loading_info=True, **options

@@ -18,7 +18,8 @@ from patchers.deci_x import BlockConfigs
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import CheckpointError, ConfigError
 from patchers.families import PLAIN_FAMILIES
-from patchers.names import fold
+from patchers.names import block_of, fold
+from patchers.substitutes import Unowned
 from sharded_ckpt.checkpoint.reader import CheckpointReader
 from sharded_ckpt.checkpoint.tensors import dtype_of
 from sharded_ckpt.config import load_model_config
@@ -35,7 +36,7 @@ from sharded_ckpt.model import build_skeleton, create_local_shard_
 from sharded_ckpt.model_bytes import model_bytes
 from sharded_ckpt.ownership import check_disjoint_cover, check_ownership, plan_ownership
 from sharded_ckpt.pickled import PickledReader, open_reader
-from sharded_ckpt.plan import LoadPlan, ModelNames, keys_of_blocks, plan_load
+from sharded_ckpt.plan import LoadPlan, ModelNames, keys_that_may_feed, plan_load
 from sharded_ckpt.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -228,7 +229,8 @@ class ShardLoader:
 
     def _plan(self) -> LoadPlan:
         if not self.is_plain:
-            hinted = keys_of_blocks(self.index.keys(), self.owned, self.config.num_hidden_layers)
+            stubs = [module.name for module in self.shard.modules() if isinstance(module, Unowned)]
+            hinted = keys_that_may_feed(self.index.keys(), self.owned, stubs)
             return LoadPlan({key: key for key in hinted})
         names = ModelNames(
             whole=self.whole,
@@ -268,10 +270,15 @@ class ShardLoader:
         model, info = fill_converted(
             self.descriptor, self.config, self.options.block_configs, self.owned, state, options
         )
-        spare = tuple(sorted(info["unexpected_keys"]))
+        spare = tuple(sorted(key for key in info["unexpected_keys"] if self._is_mine(key)))
         if spare and self.options.strict:
             raise CheckpointError(_unexpected_text(spare, self.index.location))
         return model
+
+    def _is_mine(self, key: str) -> bool:
+        """Whether a key must belong to this shard, for all that its name tells."""
+        both_ends = {0, self.config.num_hidden_layers - 1} <= self.owned
+        return both_ends or block_of(key) is not None
 
     def _generation_config(self, model: PreTrainedModel) -> None:
         """Read the generation config; without it, eos and temperature would change silently."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from patchers.deci_x import BlockConfigs, deci_x_patcher
+from patchers.deci_x import BlockConfigs, as_described
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import PartialModelError
 from patchers.names import fold
@@ -119,7 +119,7 @@ def build_skeleton(
     options: dict[str, Any] = (
         {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     )
-    with deci_x_patcher(descriptor, block_configs), torch.device("meta"), _NoInitialisation():
+    with as_described(descriptor, config, block_configs), torch.device("meta"), _NoInitialisation():
         model = descriptor.model_class._from_config(
             copy.deepcopy(config), dtype=dtype or config.dtype, **options
         )

@@ -78,16 +78,23 @@ def plan_load(names: ModelNames, keys: Iterable[str], location: str) -> LoadPlan
     return LoadPlan(sources, tuple(tied), tuple(key for key in spare if key not in set(ignored)), ignored)
 
 
-def keys_of_blocks(keys: Iterable[str], owned: Collection[int], count: int) -> list[str]:
-    """Guess the keys that a shard needs, from their names alone: a hint, which decides nothing.
+def keys_that_may_feed(keys: Iterable[str], owned: Collection[int], unowned: Collection[str]) -> list[str]:
+    """Choose the keys that a shard of a family with conversions may need, by their names.
 
     Args:
         keys: All keys of the checkpoint.
         owned: The blocks of the shard.
-        count: How many blocks the model has.
+        unowned: Modules outside the blocks that the shard does not own, such as `lm_head`.
+
+    Returns:
+        The keys of the owned blocks, and of everything outside the blocks that the shard may hold.
     """
-    ends = 0 in owned or count - 1 in owned
-    return [key for key in keys if (ends if block_of(key) is None else block_of(key) in owned)]
+    elsewhere = tuple(f"{name}." for name in unowned)
+    return [
+        key
+        for key in keys
+        if (not key.startswith(elsewhere) if block_of(key) is None else block_of(key) in owned)
+    ]
 
 
 def _match(names: ModelNames, keys: Iterable[str], location: str) -> tuple[dict[str, str], list[str]]:
