@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, pairwise, repeat
+from itertools import accumulate, pairwise, repeat
 
 from patchers.errors import CheckpointError
 from sharded_ckpt.checkpoint.entry import DTYPE_BITS, TensorEntry, nbytes_of, shorten
@@ -154,10 +154,11 @@ def _parse_canonical(text: str, data_begin: int, file_size: int) -> Parsed | Non
         found = _ENTRY.findall(body)
         if any(character in body for character in _NEEDS_ESCAPE):
             return None
-        # Matches do not overlap: if their lengths add up, they are the body, nothing lies between them.
-        if sum(map(len, chain.from_iterable(found))) + _ENTRY_FRAME * len(found) != len(body):
-            return None
         names, layouts, offsets = zip(*found, strict=True) if found else ((),) * 3
+        # Matches do not overlap: if their lengths add up, they are the body, nothing lies between them.
+        matched = sum(len("".join(part)) for part in (names, layouts, offsets))
+        if matched + _ENTRY_FRAME * len(found) != len(body):
+            return None
         known = {layout: _read_layout(layout) for layout in set(layouts)}
     except (KeyError, ValueError, RecursionError):
         return None

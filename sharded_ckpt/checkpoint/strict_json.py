@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from typing import Any
 
@@ -19,7 +20,7 @@ def parse_json(raw: bytes, where: str) -> Any:
         CheckpointError: It is no such JSON.
     """
     try:
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique_names)
+        return json.loads(raw.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=unique_names)
     except RecursionError:
         raise CheckpointError(f"{where}: JSON nested too deep") from None
     except ValueError as error:
