@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 from patchers.dialects import CONFIG_FIELDS, Dialect, detect_dialect, write_block_configs
 from patchers.errors import ConfigError
 from patchers.families import NATIVE_FAMILY
+from sharded_ckpt.checkpoint.local import LocalSource
+from sharded_ckpt.checkpoint.source import read_json
 
 if TYPE_CHECKING:
     from patchers.block_config import BlockConfig
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from sharded_ckpt.checkpoint.source import TensorSource
 
 GENERATION_CONFIG: Final = "generation_config.json"
+TEMPLATES: Final = "additional_chat_templates"
 
 CARRIED: Final = (
     GENERATION_CONFIG,
@@ -32,13 +35,14 @@ CARRIED: Final = (
     "chat_template*.jinja",
     "chat_template*.json",
     "*processor_config.json",
-    # the code that `auto_map` names
-    "*.py",
     # the terms under which the weights may be passed on
     "LICENSE*",
     "NOTICE*",
 )
 """Patterns of the names, at the top of a checkpoint, that are carried over."""
+
+CODE: Final = "*.py"
+"""Carried over too where an `auto_map` of the checkpoint says that there is code to it."""
 
 NEVER_CARRIED: Final = (
     ".*",
@@ -56,22 +60,16 @@ NEVER_CARRIED: Final = (
 )
 """Patterns of names that are not carried over even if they fit: weights, their indexes, hidden files."""
 
-READABLE_AS_DECILM = (Dialect.NEMOTRON_NAS, Dialect.TRANSITIONAL)
+_TELLING: Final = ("config.json", "tokenizer_config.json")
 
-
-def is_carried(name: str) -> bool:
-    """Whether a file at the top of a checkpoint is one that its successor takes over.
-
-    Example:
-        >>> [name for name in ("tokenizer.json", "tokenizer.safetensors", "README.md") if is_carried(name)]
-        ['tokenizer.json']
-    """
-    return "/" not in name and _fits(name, CARRIED) and not _fits(name, NEVER_CARRIED)
+READABLE_AS_DECILM: Final = (Dialect.NEMOTRON_NAS, Dialect.TRANSITIONAL)
 
 
 def carried_names(source: TensorSource) -> list[str]:
     """Return the files of a checkpoint that its successor takes over, sorted."""
-    return [name for name in source.names() if is_carried(name)]
+    names = [name for name in source.names() if not _fits(name, NEVER_CARRIED)]
+    patterns = (*CARRIED, CODE) if _has_code(source) else CARRIED
+    return [name for name in names if _fits(name, patterns)] + _more_templates(source)
 
 
 def carry_files(save: Transaction, source: TensorSource, *, but: Collection[str] = ()) -> list[str]:
@@ -122,6 +120,18 @@ def config_saying(
         )
     kept = {name: value for name, value in raw.items() if name not in CONFIG_FIELDS}
     return {**kept, **write_block_configs(blocks, dialect, raw)}
+
+
+def _has_code(source: TensorSource) -> bool:
+    return any(source.exists(name) and "auto_map" in read_json(source, name) for name in _TELLING)
+
+
+def _more_templates(source: TensorSource) -> list[str]:
+    """Return the chat templates that a tokenizer has beside its main one, in the only folder that is read."""
+    if not isinstance(source, LocalSource):
+        return []
+    found = (source.directory / TEMPLATES).glob("*.jinja")
+    return sorted(f"{TEMPLATES}/{path.name}" for path in found if not path.name.startswith("."))
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:

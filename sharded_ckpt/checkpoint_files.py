@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchers.deci_x import BlockConfigs
+from patchers.descriptor import ModelDescriptor, model_class_of
 from patchers.dialects import Dialect
-from patchers.errors import ConfigError, ShardedCkptError
-from patchers.families import NATIVE_FAMILY
+from patchers.errors import ConfigError, FamilyError, MissingKeysError, ShardedCkptError
+from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
 from patchers.inference import infer_block_configs
-from patchers.names import fold_indices
+from patchers.names import block_of, fold, fold_indices
 from sharded_ckpt.carried_files import GENERATION_CONFIG, carry_files
 from sharded_ckpt.checkpoint.coordinator import Coordinator, together
 from sharded_ckpt.checkpoint.local import LocalSource
@@ -34,7 +36,7 @@ from sharded_ckpt.saved_config import (
     config_json,
     silent_warning,
 )
-from sharded_ckpt.saved_tensors import unwrapped
+from sharded_ckpt.saved_tensors import ties_of, unwrapped
 from sharded_ckpt.shared_tensors import Shares
 
 logger = logging.getLogger(__name__)
@@ -79,6 +81,25 @@ class Request:
         if isinstance(block_configs, str) and block_configs != "infer":
             raise ConfigError(f"block_configs is a list of blocks, or 'infer', not {block_configs!r}")
         return cls(model, config, block_configs, None if dialect is None else Dialect(dialect), source)
+
+    @property
+    def model_class(self) -> type | None:
+        """The class of the model; of a dict the native one, None if transformers has none."""
+        if self.model is not None:
+            return type(self.model)
+        with suppress(FamilyError):
+            return model_class_of(self.config)
+        return None
+
+    @property
+    def architecture(self) -> str | None:
+        """The name of the class, as config.json says it."""
+        return None if self.model_class is None else self.model_class.__name__.removeprefix("FSDP")
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Which name is tied to which."""
+        return ties_of(self.config, self.model_class, self.model)
 
     def agree(self, control: Coordinator) -> None:
         """Make sure that all ranks were asked for the same.
@@ -137,9 +158,8 @@ class CheckpointFiles:
             blocks = infer_block_configs(shapes, request.config.to_dict())
         elif request.block_configs is not None:
             blocks = blocks_asked(request.config, request.block_configs)
-        model = request.model
         said = Said(
-            architecture=type(model).__name__.removeprefix("FSDP") if model is not None else None,
+            architecture=request.architecture,
             dtype=shares.dtype,
             untied=untied,
             blocks=blocks,
@@ -147,8 +167,9 @@ class CheckpointFiles:
         )
         raw = config_json(request.config, said, _origin(source, request.config))
         check_blocks(raw, shapes)
-        generation = None
-        if model is not None and model.can_generate():
+        _check_ends(request, shapes)
+        model, generation = request.model, None
+        if model is not None and model.can_generate() and model.generation_config is not None:
             generation = model.generation_config.to_json_string(keys_to_pop=["compile_config"])
         carried = None if source is None or _is_at(source, target) else source
         return cls(raw, generation, carried, silent_warning(raw, target))
@@ -189,6 +210,28 @@ def _origin(source: TensorSource | None, config: PreTrainedConfig) -> Origin | N
     if NATIVE_FAMILY.get(raw.get("model_type")) != config.model_type:
         return None
     return Origin(raw, native_config(raw, source))
+
+
+def _check_ends(request: Request, names: Collection[str]) -> None:
+    """Make sure that a dict has what is outside of the blocks; of a module, its stubs tell what is not there.
+
+    Raises:
+        MissingKeysError: Embedding, final norm or head are missing.
+    """
+    if request.model is not None or request.config.model_type not in PLAIN_FAMILIES:
+        return
+    descriptor = ModelDescriptor.from_config(request.config)
+    ends = [end for end in (descriptor.embedding, descriptor.final_norm, descriptor.head) if end]
+    found = {name for name in names if block_of(name) is None}
+    missing = [end for end in ends if not any(_is_in(name, end) for name in found)]
+    fed = {end for pair in request.ties.items() if found & {*pair} for end in pair}
+    if lost := [end for end in missing if not any(name.startswith(f"{end}.") for name in fed)]:
+        raise MissingKeysError(f"there is no tensor of {fold(lost)}: the checkpoint would not be whole")
+
+
+def _is_in(name: str, module: str) -> bool:
+    """Whether a tensor belongs to a module; dicts of the backbone alone lack its prefix."""
+    return name.startswith((f"{module}.", f"{module.partition('.')[2] or module}."))
 
 
 def _is_at(source: TensorSource, target: Path) -> bool:

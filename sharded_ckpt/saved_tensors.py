@@ -36,37 +36,46 @@ class SavedTensors:
     """
 
     tensors: Mapping[str, Tensor]
-    unowned: tuple[str, ...] | None = None
-    ties: Mapping[str, str] | None = None
-    alike: tuple[str, ...] = ()
+    unowned: tuple[str, ...] | None
+    ties: Mapping[str, str]
+    alike: tuple[str, ...]
 
     @classmethod
-    def of(cls, model_shard: nn.Module | Mapping[str, Tensor]) -> SavedTensors:
+    def of(
+        cls, model_shard: nn.Module | Mapping[str, Tensor], ties: Mapping[str, str] | None = None
+    ) -> SavedTensors:
         """Collect the tensors of a module (parameters and persistent buffers), or take those of a dict.
+
+        Args:
+            model_shard: The module or the dict.
+            ties: Which name is tied to which; by default what a module's config says, and none of a dict.
 
         Raises:
             ConfigError: It is neither, or the module holds what cannot be saved this way.
             CheckpointError: Tensors without values, or that the file format does not know; they are named.
         """
-        if isinstance(model_shard, Mapping):
-            return cls(_named(model_shard, "the state dict"))
-        if not isinstance(model_shard, nn.Module):
+        if not isinstance(model_shard, nn.Module | Mapping):
             raise ConfigError(
                 "what is saved is a module or a dict of tensors by name, found "
                 f"{type(model_shard).__name__}; pass the model itself, or its state_dict()"
             )
-        model = unwrapped(model_shard)
-        _refuse_unsavable(model)
-        ties = ties_of(model)
-        tensors = _named(_state_of(model), type(model).__name__)
+        stubs, told = None, {}
+        if isinstance(model_shard, Mapping):
+            tensors = _named(model_shard, "the state dict")
+        else:
+            model = unwrapped(model_shard)
+            _refuse_unsavable(model)
+            tensors = _named(_state_of(model), type(model).__name__)
+            stubs = tuple(module.name for module in model.modules() if isinstance(module, Unowned))
+            told = ties_of(getattr(model, "config", None), type(model), model)
+        ties = told if ties is None else ties
         alike = tuple(target for target, source in ties.items() if _same(tensors, target, source))
-        stubs = tuple(module.name for module in model.modules() if isinstance(module, Unowned))
         return cls(tensors, stubs, ties, alike)
 
     @property
     def share(self) -> Share:
         """What the other ranks must know of it."""
-        return Share(describe(self.tensors), self.unowned, dict(self.ties or {}), self.alike)
+        return Share(describe(self.tensors), self.unowned, dict(self.ties), self.alike)
 
     def digests(self, names: Collection[str]) -> dict[str, str]:
         """Return what tells the bytes of those of these tensors that this rank has."""
@@ -102,14 +111,18 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def ties_of(model: Any) -> dict[str, str]:
+def ties_of(config: Any, model_class: type | None, model: Any = None) -> dict[str, str]:
     """Return which name is tied to which: what the config says, in the words of the model's class.
 
-    A partial shard has forgotten its own ties, and a model whose ends have diverged some of them.
+    Args:
+        config: Of the model, if it has one.
+        model_class: Its class.
+        model: The model itself, which may know better where the class speaks in patterns. A partial shard has
+            forgotten its ties, and a model whose ends have diverged some of them.
     """
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+    if not getattr(config, "tie_word_embeddings", False):
         return {}
-    said = getattr(type(model), "_tied_weights_keys", None)
+    said = getattr(model_class, "_tied_weights_keys", None)
     ties = dict(said) if isinstance(said, Mapping) else {}
     return {**ties, **(getattr(model, "all_tied_weights_keys", None) or {})}
 

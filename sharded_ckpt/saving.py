@@ -165,7 +165,7 @@ def save_sharded_checkpoint(
     with together(control, f"preparing to save to {checkpoint_dir}"):
         directory = _directory(checkpoint_dir)
         request = Request.of(model_shard, config, block_configs, dialect, source)
-        mine = SavedTensors.of(model_shard)
+        mine = SavedTensors.of(model_shard, request.ties)
     shares, division = _divide(mine, control, directory)
     request.agree(control)
     files = None

@@ -25,8 +25,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from patchers import AttentionConfig, BlockConfig, FFNConfig, deci_x_patcher, read_block_configs
-from patchers.errors import BlockConfigError, CheckpointNotFoundError, ConfigError
-from sharded_ckpt.carried_files import is_carried
+from patchers.errors import BlockConfigError, CheckpointNotFoundError, ConfigError, MissingKeysError
+from sharded_ckpt.carried_files import carried_names
+from sharded_ckpt.checkpoint.source import open_source
 from sharded_ckpt.config import load_model_config
 from sharded_ckpt.loading import load_and_shard_model
 from sharded_ckpt.saving import save_sharded_checkpoint
@@ -50,7 +51,7 @@ def load(folder: Path, **options: Any) -> PreTrainedModel:
 
 def with_small_files(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "modeling_decilm.py"):
-        (folder / name).write_text(f"the {name} of {folder.name}")
+        (folder / name).write_text(json.dumps({"of": folder.name}))
     return folder
 
 
@@ -186,7 +187,7 @@ def test_a_nemotron_nas_checkpoint_is_saved_as_it_was_published(shared, tmp_path
     model = load(parent)
     save_sharded_checkpoint(model, tmp_path / "c")
     assert json_of(tmp_path / "c") == json_of(folder)
-    assert (tmp_path / "c" / "modeling_decilm.py").read_text() == "the modeling_decilm.py of parent"
+    assert (tmp_path / "c" / "modeling_decilm.py").read_text() == '{"of": "parent"}'
     again = load(tmp_path / "c")
     assert_same_tensors(again, model)
     assert again.config.to_dict() == model.config.to_dict()
@@ -317,6 +318,32 @@ def test_a_dict_that_lacks_tensors_of_a_block_is_refused(shared, tmp_path):
         save_sharded_checkpoint(tensors, tmp_path / "c", config=load_model_config(folder))
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_dict_that_lacks_an_end_of_the_model_is_refused(shared, tmp_path, name):
+    folder = tiny_checkpoint(shared)
+    tensors = {key: tensor for key, tensor in tensors_of(folder).items() if key != name}
+    with pytest.raises(MissingKeysError, match=f"there is no tensor of {name.removesuffix('.weight')}: "):
+        save_sharded_checkpoint(tensors, tmp_path / "c", config=load_model_config(folder))
+
+
+@pytest.mark.parametrize("missing", ["lm_head.weight", "model.embed_tokens.weight", None])
+def test_a_dict_of_a_tied_model_needs_one_end_and_writes_one(shared, tmp_path, missing):
+    folder = tiny_checkpoint(shared, tied=True)
+    model = load(folder)
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if key != missing}
+    save_sharded_checkpoint(tensors, tmp_path / "c", config=model.config)
+    assert len(tensors_of(tmp_path / "c")) == len(tensors_of(folder))
+    assert_same_tensors(load(tmp_path / "c"), model)
+
+
+def test_a_dict_whose_tied_ends_have_diverged_untie_the_config(shared, tmp_path, caplog):
+    model = load(tiny_checkpoint(shared, tied=True))
+    tensors = {**model.state_dict(), "lm_head.weight": torch.zeros(128, 64)}
+    save_sharded_checkpoint(tensors, tmp_path / "c", config=model.config)
+    assert json_of(tmp_path / "c")["tie_word_embeddings"] is False
+    assert "hold different values: both were written" in caplog.text
+
+
 def test_what_is_no_transformers_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="a Linear is no transformers model and has no config of one"):
         save_sharded_checkpoint(nn.Linear(2, 2), tmp_path / "c")
@@ -331,6 +358,7 @@ CARRIED = [
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "qwen.tiktoken", "tekken.json"),
     *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "modeling_decilm.py"),
     *("LICENSE", "LICENSE.txt", "NOTICE", "generation_config.json"),
+    *("additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja"),
 ]
 LEFT = [
     *(
@@ -343,12 +371,18 @@ LEFT = [
     ),
     *("a.pth", "model.safetensors.index.json", "tokenizer.index.json", "config.json", ".hidden.py"),
     *("README.md", "training_args.bin", "optimizer.pt", "code/modeling.py", ".git/config.py", "notes.txt"),
+    *("additional_chat_templates/.rag.jinja", "additional_chat_templates/model.safetensors"),
 ]
 
 
-def test_small_files_are_carried_by_rule_and_weights_never():
-    assert [name for name in CARRIED if not is_carried(name)] == []
-    assert [name for name in LEFT if is_carried(name)] == []
+@pytest.mark.parametrize("auto_map", [{"AutoConfig": "configuration_decilm.DeciLMConfig"}, None])
+def test_small_files_are_carried_by_rule_and_weights_never(tmp_path, auto_map):
+    for name in (*CARRIED, *LEFT):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": auto_map} if auto_map else {}))
+    expected = [name for name in CARRIED if auto_map or not name.endswith(".py")]
+    assert set(carried_names(open_source(tmp_path))) == set(expected)
 
 
 def test_small_files_come_from_where_the_model_was_loaded(shared, tmp_path):
@@ -359,10 +393,10 @@ def test_small_files_come_from_where_the_model_was_loaded(shared, tmp_path):
     found = set(files_in(tmp_path / "ours"))
     assert found == {
         *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-        *("chat_template.jinja", "modeling_decilm.py", "model-00001-of-00001.safetensors"),
+        *("chat_template.jinja", "model-00001-of-00001.safetensors"),
         "model.safetensors.index.json",
     }
-    assert (tmp_path / "ours" / "tokenizer.json").read_text() == "the tokenizer.json of parent"
+    assert (tmp_path / "ours" / "tokenizer_config.json").read_text() == '{"of": "parent"}'
     save_sharded_checkpoint(AutoModelForCausalLM.from_pretrained(parent), tmp_path / "theirs")
     assert set(files_in(tmp_path / "theirs")) == found
 
@@ -371,7 +405,7 @@ def test_small_files_may_come_from_elsewhere(shared, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     save_sharded_checkpoint(load(tiny_checkpoint(shared)), tmp_path / "c", source=with_small_files(other))
-    assert (tmp_path / "c" / "tokenizer.json").read_text() == "the tokenizer.json of other"
+    assert (tmp_path / "c" / "tokenizer.json").read_text() == '{"of": "other"}'
     with pytest.raises(CheckpointNotFoundError, match="no such file or directory"):
         save_sharded_checkpoint(load(tiny_checkpoint(shared)), tmp_path / "d", source=tmp_path / "missing")
 
@@ -392,7 +426,7 @@ def test_a_checkpoint_saved_over_itself_keeps_its_small_files(shared, tmp_path):
     model = load(parent)
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_sharded_checkpoint(model, parent)
-    assert (parent / "tokenizer.json").read_text() == "the tokenizer.json of parent"
+    assert (parent / "tokenizer.json").read_text() == '{"of": "parent"}'
     assert (parent / "README.md").read_text() == "mine"
     assert sorted(parent.glob("*.safetensors")) == [parent / "model-00001-of-00001.safetensors"]
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load(parent).state_dict().items())
