@@ -52,7 +52,7 @@ class LoadOptions:
     owned: Iterable[int] | str = "auto"
     config: PreTrainedConfig | None = None
     block_configs: BlockConfigs | None = None
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     device: torch.device | str | None = None
     strict: bool = True
     materialize: bool = False
@@ -211,13 +211,17 @@ class ShardLoader:
 
     def _dtype(self) -> torch.dtype:
         """Return the dtype asked for, else the config's, else that of the first float in the files."""
-        for dtype in (self.options.dtype, self.runtime.dtype, self.config.dtype):
-            if dtype is not None and dtype != "auto":
+        for dtype in (*self._asked_dtypes(), self.config.dtype):
+            if dtype is not None:
                 return getattr(torch, dtype) if isinstance(dtype, str) else dtype
         file, keys = next(iter(self.index.by_file().items()))
         entries = self.reader.headers(keys)
         found = (dtype_of(key, entry, file) for key, entry in entries.items())
         return next((dtype for dtype in found if dtype.is_floating_point), torch.get_default_dtype())
+
+    def _asked_dtypes(self) -> list[torch.dtype | str]:
+        asked = (self.options.dtype, self.runtime.dtype)
+        return [dtype for dtype in asked if dtype is not None and dtype != "auto"]
 
     def _owned(self) -> set[int]:
         count = self.config.num_hidden_layers
@@ -284,11 +288,16 @@ class ShardLoader:
         """Read the generation config; without it, eos and temperature would change silently."""
         if not model.can_generate():
             return
-        if self.source.exists("generation_config.json"):
-            folder = self.source.local_path("generation_config.json").parent
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        else:
+        files = {
+            "generation_config.json": {},
+            "config.json": {"_from_model_config": True},
+        }  # as from_pretrained
+        name = next((name for name in files if self.source.exists(name)), None)
+        if name is None:
             model.generation_config = GenerationConfig.from_model_config(model.config)
+        else:
+            folder = self.source.local_path(name).parent
+            model.generation_config = GenerationConfig.from_pretrained(folder, name, **files[name])
 
     def _report(self, made: Mapping[str, torch.Tensor]) -> LoadReport:
         tensors = {id(tensor): tensor for tensor in made.values()}
@@ -304,7 +313,7 @@ class ShardLoader:
             unexpected=self.plan.unexpected,
             ignored=self.plan.ignored,
             cast=self._casts(made),
-            cast_asked=(self.options.dtype or self.runtime.dtype) is not None,
+            cast_asked=bool(self._asked_dtypes()),
             tied=tuple(name for name, partner in ties if made[name] is made[partner]),
             untied=tuple(name for name, partner in ties if made[name] is not made[partner]),
         )

@@ -37,7 +37,7 @@ def load_and_shard_model(
     *,
     runtime: Runtime | Any = None,
     block_configs: BlockConfigs | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     strict: bool = True,
     materialize: bool = False,
@@ -64,7 +64,8 @@ def load_and_shard_model(
         model_config: In place of the checkpoint's config.json.
         runtime: Where we are. By default torch.distributed says, or this is the only process.
         block_configs: One entry a block, in place of what the config says.
-        dtype: To cast floating-point tensors to. By default what the checkpoint says.
+        dtype: To cast floating-point tensors to, `torch.bfloat16` or `"bfloat16"`. By default what the
+            checkpoint says.
         device: Where the shard is to be; by default where the runtime is.
         strict: Whether tensors that the model does not want are an error. Missing ones always are.
         materialize: Copy everything into memory, instead of mapping the files: for training, for network file

@@ -231,6 +231,27 @@ def test_dtype_comes_from_the_files_when_the_config_is_silent(tmp_path: Path) ->
     assert_same_tensors(load_and_shard_model("auto", folder), AutoModelForCausalLM.from_pretrained(folder))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("route", ROUTES)
+def test_generation_settings_come_out_of_an_old_config_too(tmp_path: Path, route: Any) -> None:
+    folder = shutil.copytree(tiny_checkpoint(tmp_path), tmp_path / "old")
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [5, 6], "temperature": 0.5}))
+    model, reference = (
+        load_and_shard_model("auto", folder, route=route),
+        AutoModelForCausalLM.from_pretrained(folder),
+    )
+    assert model.generation_config.to_dict() == reference.generation_config.to_dict()
+    assert model.config.to_dict() == reference.config.to_dict()
+
+
+def test_dtype_may_be_a_name(shared: Path) -> None:
+    folder = tiny_checkpoint(shared)
+    assert load_and_shard_model("auto", folder, dtype="bfloat16").dtype is torch.bfloat16
+    assert load_and_shard_model("auto", folder, dtype="auto").dtype is torch.float32
+
+
 def test_wrappers_prefixes_and_bare_backbones_are_understood(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path)
     reference, saved = load_and_shard_model("auto", folder), tensors_of(folder)
