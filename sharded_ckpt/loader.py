@@ -297,7 +297,8 @@ class ShardLoader:
             model.generation_config = GenerationConfig.from_model_config(model.config)
         else:
             folder = self.source.local_path(name).parent
-            model.generation_config = GenerationConfig.from_pretrained(folder, name, **files[name])
+            read: Any = GenerationConfig.from_pretrained
+            model.generation_config = read(folder, name, **files[name])
 
     def _report(self, made: Mapping[str, torch.Tensor]) -> LoadReport:
         tensors = {id(tensor): tensor for tensor in made.values()}
