@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     (
         *("plan", "progress", "load_report", "pickled", "filling", "loader", "loading"),
         *("distribution", "owned_tensors", "distribute", "saving"),
-        *("carried_files", "checkpoint_files", "saved_config", "saved_tensors", "shared_tensors"),
+        *("checkpoint_files", "saved_config", "saved_tensors", "shared_tensors"),
     ),
     ("children", "pipeline", "training"),
     ("report", "cli", "demo", "__main__"),
