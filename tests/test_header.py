@@ -213,6 +213,20 @@ def test_a_huge_header_is_read_in_bounded_time_and_memory() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
 
 
+@pytest.mark.slow
+def test_the_largest_header_is_read_in_bounded_time_and_memory() -> None:
+    count = 860_000
+    names = [f"model.layers.{i:06d}.mlp.experts.{i:06d}.down_proj.weight" for i in range(count)]
+    header = header_json({name: ("U8", [1], [i, i + 1]) for i, name in enumerate(names)})
+    assert 95_000_000 < len(header) < 100_000_000
+    raw = file_bytes(header, bytes(count))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    assert len(read(raw).tensors) == count
+    assert time.perf_counter() - started < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_200_000  # KiB
+
+
 def test_a_lying_length_allocates_nothing() -> None:
     asked: list[int] = []
 

@@ -220,11 +220,14 @@ class TestEveryWayOfReading:
 
 class TestMapped:
     def test_tensors_take_no_memory_until_they_are_changed(self, large: Path) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("RssAnon")
-        tensors = open_checkpoint(large).read()
-        assert sum(int(tensor.view(torch.uint8).sum()) for tensor in tensors.values()) > 0
-        assert status("RssAnon") - before < 6 * MB
+        def growth() -> int:
+            gc.collect()
+            before = status("RssAnon")
+            tensors = open_checkpoint(large).read()
+            assert sum(int(tensor.view(torch.uint8).max()) for tensor in tensors.values()) > 0
+            return status("RssAnon") - before
+
+        assert min(growth() for _ in range(3)) < 6 * MB  # other threads may grow meanwhile
 
     def test_changes_stay_in_this_process(self, tmp_path: Path) -> None:
         shard(tmp_path, [{"x": torch.ones(1000), "y": torch.ones(1000)}])
@@ -292,6 +295,12 @@ class TestCopied:
         reader = open_checkpoint(large, list)
         kept: list[object] = []
         assert peak(lambda: kept.append(reader.read(materialize=True))) < 96 * MB + 25 * MB
+
+    def test_a_cast_peaks_at_what_it_gives_and_its_ring(self, large: Path) -> None:
+        reader = open_checkpoint(large, list)
+        kept: list[object] = []
+        cast = peak(lambda: kept.append(reader.read(dtype=torch.float32, materialize=True)))
+        assert cast < 192 * MB + 40 * MB
 
     def test_reads_the_bytes_wanted_and_no_others(self, large: Path) -> None:
         reader = open_checkpoint(large, list)

@@ -13,7 +13,7 @@ from sharded_ckpt.checkpoint.shard import Plan, Progress, Shard
 from sharded_ckpt.checkpoint.tensors import Casting, dtype_of, shape_of
 from sharded_ckpt.checkpoint.windows import Items, Window, cut_windows
 
-WINDOW_BYTES = 8 * 2**20
+_WINDOW_BYTES = 8 * 2**20
 _GAP_BYTES = 64 * 2**10
 _ALIGNMENT = 16
 """No dtype has larger elements."""
@@ -76,7 +76,7 @@ def cast_mapped(
     to the memory of the process.
     """
     destination = Destination([(shard, items)], torch.device("cpu"), casting)
-    for window in cut_windows(items, WINDOW_BYTES):
+    for window in cut_windows(items, _WINDOW_BYTES):
         mapping, offset = shard.map(window.begin, window.end)
         buffer = torch.frombuffer(mapping, dtype=torch.uint8)
         destination.fill(window, buffer, window.begin - offset)
@@ -98,9 +98,7 @@ class StagingRing:
         threads: How many threads read.
     """
 
-    def __init__(
-        self, device: torch.device, *, slots: int = 8, slot_bytes: int = WINDOW_BYTES, threads: int = 8
-    ) -> None:
+    def __init__(self, device: torch.device, *, slots: int, slot_bytes: int, threads: int = 8) -> None:
         self.device = device
         self.slot_bytes = slot_bytes
         self._threads = threads

@@ -13,7 +13,8 @@ from sharded_ckpt.checkpoint.staging import StagingRing, cast_mapped
 from sharded_ckpt.checkpoint.tensors import Casting, DtypeRule, dtype_of, shape_of, view_tensors
 from sharded_ckpt.checkpoint.windows import Items, Window, whole_windows
 
-_BLOCK_BYTES = 4 * 2**20
+MiB = 2**20
+_BLOCK_BYTES = 4 * MiB
 
 
 def read_tensors(
@@ -30,7 +31,7 @@ def read_tensors(
     if device.type == "meta":
         return _describe(plan, casting)
     if device.type != "cpu" or ring:
-        return StagingRing(device).read(plan, casting, progress)
+        return _ring(device).read(plan, casting, progress)
     here = all([shard.attach() for shard, _ in plan])
     if materialize or not here:
         return _copy(plan, casting, progress)
@@ -76,10 +77,16 @@ def _copy(plan: Plan, casting: Casting, progress: Progress | None) -> dict[str, 
     parts = [(shard, casting.split(items, shard.file)) for shard, items in plan]
     tensors = copy_tensors([(shard, kept) for shard, (kept, _) in parts], progress)
     if cast := [(shard, items) for shard, (_, items) in parts if items]:
-        ring = StagingRing(torch.device("cpu"))
-        tensors |= ring.read(cast, casting, progress)
+        tensors |= _ring(torch.device("cpu")).read(cast, casting, progress)
         tensors = {key: tensors[key] for _, items in plan for key, _ in items}
     return tensors
+
+
+def _ring(device: torch.device) -> StagingRing:
+    """Return a ring of 32 MiB on the CPU, where it only has to keep the disk busy; of 128 MiB elsewhere."""
+    if device.type == "cpu":
+        return StagingRing(device, slots=8, slot_bytes=4 * MiB)
+    return StagingRing(device, slots=16, slot_bytes=8 * MiB)
 
 
 def _describe(plan: Plan, casting: Casting) -> dict[str, torch.Tensor]:
