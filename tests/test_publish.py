@@ -357,6 +357,11 @@ def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None
     assert len(os.listdir(tmp_path)) == 1
 
 
+def test_the_root_of_the_file_system_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="it is the root of the file system"):
+        save_version("/", 1)
+
+
 def test_overwriting_can_be_refused(tmp_path: Path) -> None:
     (tmp_path / "ckpt").mkdir()
     save_version(tmp_path / "ckpt", 1, overwrite=False)
@@ -503,6 +508,14 @@ def test_ranks_that_disagree_on_the_plan_write_nothing(tmp_path: Path) -> None:
             error
         )
     assert os.listdir(tmp_path) == []
+
+
+def test_a_difference_far_behind_in_a_long_plan_is_one(tmp_path: Path) -> None:
+    def work(rank: ThreadRank) -> None:
+        with transaction(tmp_path / "ckpt", rank, plan=["x"] * 1000 + [rank.rank]):
+            raise AssertionError("never comes here")
+
+    assert all("the ranks disagree on `plan`" in str(error) for error in run_ranks(2, work))
 
 
 def test_ranks_that_save_to_different_directories_write_nothing(tmp_path: Path) -> None:

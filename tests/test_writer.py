@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from support.storages import FaultyStorage, WatchedStorage
 
 from patchers.errors import CheckpointError, ConfigError
-from sharded_ckpt.checkpoint import layout, writer
+from sharded_ckpt.checkpoint import layout, stream
 from sharded_ckpt.checkpoint.header import read_header
 from sharded_ckpt.checkpoint.layout import plan_file, plan_shards
 from sharded_ckpt.checkpoint.writer import DTYPE_NAMES, LazyTensor, aliases, write_tensors
@@ -89,8 +89,8 @@ def test_tensors_that_are_not_plain_memory_are_written_as_they_read(tmp_path: Pa
 def test_large_strided_tensors_pass_through_a_small_buffer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "STAGING_BYTES", 1 << 12)
-    monkeypatch.setattr(writer, "CHUNK_BYTES", 3 << 12)
+    monkeypatch.setattr(stream, "STAGING_BYTES", 1 << 12)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", 3 << 12)
     tensors = {
         "rows": torch.randn(300, 70).T,
         "long rows": torch.randn(4000, 3).T,
@@ -239,6 +239,18 @@ def test_a_lazy_tensor_must_be_what_was_announced(tmp_path: Path) -> None:
         CheckpointError, match=r"a was announced as torch.float32 of shape \(2, 3\), made was .*\(3, 2\)"
     ):
         write_tensors(tmp_path / "x.safetensors", {"a": lazy})
+
+
+def test_a_tensor_that_changes_its_size_meanwhile_is_noticed(tmp_path: Path) -> None:
+    growing = torch.zeros(4)
+
+    def make() -> torch.Tensor:
+        growing.data = torch.zeros(5)
+        return torch.zeros(1)
+
+    tensors = {"a": LazyTensor(torch.float32, (1,), make), "b": growing}
+    with pytest.raises(CheckpointError, match="the tensors have changed their sizes meanwhile"):
+        write_tensors(tmp_path / "x.safetensors", tensors)
 
 
 def test_aliases_are_the_same_memory_read_in_the_same_way() -> None:

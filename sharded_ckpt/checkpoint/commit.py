@@ -13,23 +13,16 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from patchers.errors import CheckpointError
-from sharded_ckpt.checkpoint.contents import Contents, with_token
+from sharded_ckpt.checkpoint.arrangement import Arrangement, read_digests, sync_folders
+from sharded_ckpt.checkpoint.contents import Contents
 from sharded_ckpt.checkpoint.index import parse_index
 from sharded_ckpt.checkpoint.journal import Journal, finish
 from sharded_ckpt.checkpoint.local import Identity, identity_of
-from sharded_ckpt.checkpoint.manifest import MANIFEST_FILE, FileDigest, Manifest, digest_file, parse_manifest
 from sharded_ckpt.checkpoint.storage import UNSUPPORTED, LocalStorage
-from sharded_ckpt.checkpoint.tree import (
-    copy_file,
-    is_mount_point,
-    make_parents,
-    unlink_if_there,
-    walk,
-    write_small,
-)
+from sharded_ckpt.checkpoint.tree import is_mount_point, make_parents, remove_empty_parents, walk
 from sharded_ckpt.checkpoint.workspace import Workspace, is_workspace
 
 logger = logging.getLogger(__name__)
@@ -37,7 +30,15 @@ logger = logging.getLogger(__name__)
 MAX_CARRIED: Final = 10_000
 """With more files than this that the save does not replace, a directory changes name by name."""
 
+UNTOUCHED: Final = "nothing was published, what was there stays"
+PUBLISHED: Final = "the new checkpoint is in place, whole"
+PENDING: Final = (
+    "the new checkpoint is complete, the next save into the directory or `recover` puts it in place"
+)
+
 _NO_LINKS = UNSUPPORTED | {errno.EPERM, errno.EACCES, errno.EMLINK}
+
+_Entries: TypeAlias = "Mapping[str, os.DirEntry[str]]"
 
 
 class Publication:
@@ -53,7 +54,7 @@ class Publication:
         in_use: Why the directory must not be exchanged, if the caller knows a reason.
 
     Attributes:
-        published: Whether others see, or will see, the new checkpoint, whatever fails from now on.
+        state: What has become of the checkpoint so far, in words.
     """
 
     def __init__(
@@ -68,58 +69,40 @@ class Publication:
         in_use: str | None = None,
     ) -> None:
         self._storage, self._workspace, self._target = storage, workspace, target
-        self._stage = workspace.stage
         self._contents, self._manifest, self._in_use = contents, manifest, in_use
-        self._token = workspace.owner.nonce if unique_names else None
-        self._renamed: dict[str, str] = {}  # files whose name in the stage is not the planned one
-        self._written: list[str] = []  # indexes and manifest, which follow from the names
-        self._carried: dict[
-            str, Identity
-        ] = {}  # what the save does not replace, as it was when it was linked
-        self.published = False
+        self._unique_names = unique_names
+        self.state = UNTOUCHED
 
     def publish(self) -> None:
         """Put the stage in its place.
 
         Raises:
-            CheckpointError: What is staged is not what the ranks say.
-            OSError: The file system fails; unless `published`, nothing has changed for others.
+            CheckpointError: What is staged is not what the ranks say, or does not fit what is there.
+            OSError: The file system fails; `state` says what that means.
         """
-        self._check_stage()
-        self._renamed = {file.name: file.staged for file in self._contents.files}
+        stage, pattern = self._workspace.stage, self._workspace.path / "owner"
+        arrangement = Arrangement(self._storage, stage, self._contents, pattern)
         if not os.path.lexists(self._target):
-            self._settle({})
+            self._arrange(arrangement, {}, set())
             self._appear()
             return
         old = self._survey()
-        replaced = {name for name in self._contents.replaces(old, self._listed) if not _is_private(name)}
+        ours = self._contents.replaces(old, self._listed)
+        replaced = {name for name in ours if not (_is_private(name) or _is_mounted(old[name]))}
         reason = self._why_not_exchange(old, replaced)
         if reason is None:
-            staged = self._settle(old, self._token)
-            reason = self._exchange(old, replaced, staged)
+            self._arrange(arrangement, old, replaced, self._token if self._unique_names else None)
+            reason = self._exchange(old, replaced.union(arrangement.names))
         if reason is not None:
             logger.info("%s changes name by name: %s", self._target, reason)
-            self._change_names(old, replaced)
+            self._arrange(arrangement, old, replaced, self._token)
+            self._change_names(old, replaced, arrangement.names)
+
+    @property
+    def _token(self) -> str:
+        return self._workspace.owner.nonce
 
     # What is there
-
-    def _check_stage(self) -> None:
-        """Check that what other ranks have written is here, and see to files that came by other hands."""
-        staged = dict(walk(self._storage, self._stage))
-        ours = {file.staged: file.size for file in self._contents.files}
-        for name, size in ours.items():
-            found = staged[name].stat().st_size if name in staged else None
-            if found != size:
-                seen = "no such file" if found is None else str(found)
-                raise CheckpointError(
-                    f"{self._stage / name}: a rank wrote {size} bytes, rank 0 finds {seen}: "
-                    "all ranks must save to one shared file system"
-                )
-        for name, entry in staged.items():
-            if name not in ours and entry.is_file(follow_symlinks=False):
-                if entry.stat().st_mode & 0o077 == 0:  # safetensors 0.8 gives 0600 whatever the umask
-                    self._storage.copy_mode(self._workspace.path / "owner", entry.path)
-                self._storage.sync_file(entry.path)
 
     def _survey(self) -> dict[str, os.DirEntry[str]]:
         """Return what the directory holds now."""
@@ -135,168 +118,158 @@ class Publication:
             logger.warning("the old index does not say which files it replaces: %s", error)
             return []
 
-    def _why_not_exchange(self, old: Mapping[str, os.DirEntry[str]], replaced: set[str]) -> str | None:
+    def _why_not_exchange(self, old: _Entries, replaced: set[str]) -> str | None:
         if self._in_use:
             return self._in_use
         if self._workspace.inside:
             return "no directory can be made beside it"
-        mine, theirs = os.stat(self._stage), os.stat(self._target)
+        mine, theirs = os.stat(self._workspace.stage), os.stat(self._target)
         if (mine.st_uid, mine.st_gid) != (theirs.st_uid, theirs.st_gid):
             return "it belongs to somebody else"
+        if private := next(filter(_is_private, old), None):
+            return f"{private} belongs to another save"
         kept = [entry for name, entry in old.items() if name not in replaced]
         if len(kept) > MAX_CARRIED:
             return f"it holds {len(kept)} other files"
-        if private := next(filter(_is_private, old), None):
-            return f"{private} belongs to another save"
-        for entry in kept:
-            if not _can_be_carried(entry):
-                return f"{entry.path} is neither a file nor a link, or another file system"
-        return None
+        if odd := next((entry.path for entry in kept if not _can_be_carried(entry)), None):
+            return f"{odd} is neither a file nor a link"
+        return next((f"{entry.path} is another disk" for entry in kept if _is_mounted(entry)), None)
 
-    # What is staged
-
-    def _settle(self, old: Mapping[str, object], token: str | None = None) -> list[str]:
-        """Give everything in the stage its final name, write indexes and manifest; return all names."""
-        for name in self._written:
-            unlink_if_there(self._storage, self._stage / name)
-        self._written = []
-        for file in self._contents.files:
-            fresh = token is not None and file.index is not None and (file.index in old or file.name in old)
-            self._rename(file.name, with_token(file.name, token or "") if fresh else file.name)
-        for index in self._contents.indexes:
-            self._write(index, self._contents.index_json(index, self._renamed))
+    def _arrange(
+        self, arrangement: Arrangement, old: _Entries, replaced: set[str], token: str | None = None
+    ) -> None:
+        arrangement.give_names(old, token)
         if self._manifest:
-            self._write(MANIFEST_FILE, self._make_manifest(old).to_json())
-        names = [name for name, _ in self._staged()]
-        self._sync_stage(names)
-        return names
-
-    def _staged(self) -> list[tuple[str, os.DirEntry[str]]]:
-        return [item for item in walk(self._storage, self._stage) if item[0] not in self._carried]
-
-    def _rename(self, planned: str, name: str) -> None:
-        current = self._renamed.get(planned, planned)
-        if current == name:
-            return
-        if os.path.lexists(self._stage / name):
-            raise CheckpointError(f"{self._stage / name}: written twice, as a shard and by hand")
-        make_parents(self._storage, self._stage, name)
-        self._storage.rename(self._stage / current, self._stage / name)
-        self._renamed[planned] = name
-
-    def _write(self, name: str, data: bytes) -> None:
-        make_parents(self._storage, self._stage, name)
-        self._written.append(name)
-        write_small(self._storage, self._stage / name, data)
-
-    def _make_manifest(self, old: Mapping[str, object]) -> Manifest:
-        known = {
-            self._renamed.get(file.name, file.name): FileDigest(file.size, file.sha256)
-            for file in self._contents.files
-            if file.sha256
-        }
-        files: dict[str, FileDigest] = {}
-        if MANIFEST_FILE in old:
-            try:
-                path = self._target / MANIFEST_FILE
-                before = parse_manifest(self._storage.read(path), str(path)).files
-                gone = self._contents.replaces(old, self._listed)
-                files.update(
-                    {name: said for name, said in before.items() if name in old and name not in gone}
-                )
-            except CheckpointError as error:
-                logger.warning("the old manifest is left out: %s", error)
-        for name, entry in self._staged():
-            if entry.is_file(follow_symlinks=False):
-                files[name] = known.get(name) or digest_file(entry.path)
-        return Manifest(files)
-
-    def _sync_stage(self, names: list[str]) -> None:
-        folders = {self._stage / parent for name in names for parent in Path(name).parents}
-        for folder in sorted(folders | {self._stage}, reverse=True):
-            self._storage.sync_directory(folder)
+            arrangement.write_manifest(read_digests(self._storage, self._target, old.keys() - replaced))
+        arrangement.sync()
+        _refuse_clashes(self._target, old.keys() - replaced, arrangement.names)
 
     # The step itself
 
     def _appear(self) -> None:
-        self._storage.rename(self._stage, self._target)
-        self.published = True
+        self._storage.rename(self._workspace.stage, self._target)
+        self.state = PUBLISHED
         self._storage.sync_directory(self._target.parent)
 
-    def _exchange(
-        self, old: Mapping[str, os.DirEntry[str]], replaced: set[str], staged: list[str]
-    ) -> str | None:
+    def _exchange(self, old: _Entries, ours: set[str]) -> str | None:
         """Exchange the directory with the stage; return why, if that is not possible."""
-        ours = replaced.union(staged)
-        for name, entry in old.items():
-            if name not in ours:
-                self._carried[name] = self._carry(name, entry)
-        self._sync_stage([*staged, *self._carried])
-        self._storage.copy_mode(self._target, self._stage)
+        stage, carried = self._workspace.stage, _Carried(self._storage, self._workspace.stage)
+        reason = None
         try:
-            self._storage.exchange(self._stage, self._target)
+            for name, entry in old.items():
+                if name not in ours:
+                    carried.add(name, entry)
+            carried.sync()
+            self._storage.copy_mode(self._target, stage)
+            self._storage.exchange(stage, self._target)
+        except _CannotBeDoneError as error:
+            reason = str(error)
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
-            return f"its file system cannot exchange two names ({error.strerror})"
-        self.published = True
-        self._carry_late(ours)
+            reason = f"its file system cannot exchange two names ({error.strerror})"
+        if reason is not None:
+            carried.drop()
+            return reason
+        self.state = PUBLISHED
+        carried.add_late(ours, self._target)
         self._storage.sync_directory(self._target.parent)
         self._storage.sync_directory(self._workspace.path)
         return None
 
-    def _carry(self, name: str, entry: os.DirEntry[str]) -> Identity:
-        """Give a file that the save does not replace a place in the new directory."""
-        make_parents(self._storage, self._stage, name)
-        status, path = entry.stat(follow_symlinks=False), self._stage / name
-        if entry.is_symlink():
-            self._storage.symlink(os.readlink(entry.path), path)
-        elif entry.is_dir():
-            self._storage.make_directory(path)
-            self._storage.copy_mode(entry.path, path)
-        else:
-            try:
-                self._storage.link(entry.path, path)
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
-                copy_file(self._storage, entry.path, path)
-        return identity_of(status)
-
-    def _carry_late(self, ours: set[str]) -> None:
-        """Bring over what others put into the old directory while it was being carried."""
-        for name, entry in list(walk(self._storage, self._stage)):  # which holds the old directory now
-            path = self._target / name
-            status = entry.stat(follow_symlinks=False)
-            known = self._carried.get(name) == identity_of(status)
-            if known or name in ours or entry.is_dir(follow_symlinks=False):
-                continue
-            if not (os.path.lexists(path) and os.path.samestat(os.lstat(path), status)):
-                make_parents(self._storage, self._target, name)
-                self._storage.rename(entry.path, path)
-
-    def _change_names(self, old: Mapping[str, os.DirEntry[str]], replaced: set[str]) -> None:
-        names = self._settle(old, token=self._workspace.owner.nonce)
-        fresh = [name for name in names if name not in old and name not in self._contents.indexes]
-        replacing = sorted(set(names) - set(fresh), key=lambda name: (name in self._contents.indexes, name))
-        removed = {
-            name: identity_of(old[name].stat(follow_symlinks=False)) for name in sorted(replaced - set(names))
-        }
+    def _change_names(self, old: _Entries, replaced: set[str], names: list[str]) -> None:
+        indexes = self._contents.indexes
+        fresh = [name for name in names if name not in old and name not in indexes]
+        replacing = sorted(set(names) - set(fresh), key=lambda name: (name in indexes, name))
+        gone = sorted(replaced - set(names))
+        removed = {name: identity_of(old[name].stat(follow_symlinks=False)) for name in gone}
         todo = Journal(self._workspace.inside, self._target.name, fresh, replacing, removed)
         todo.write(self._storage, self._workspace.path)
-        self.published = True
+        self.state = PENDING
         try:
             finish(self._storage, self._workspace.path)
         except OSError as error:
             logger.warning("publishing %s was interrupted, trying again: %s", self._target, error)
             finish(self._storage, self._workspace.path)
+        self.state = PUBLISHED
+
+
+class _CannotBeDoneError(Exception):
+    """A directory cannot be exchanged, for a reason that shows only when it is tried."""
+
+
+class _Carried:
+    """The files that a save does not replace, which get a second name in the stage."""
+
+    def __init__(self, storage: LocalStorage, stage: Path) -> None:
+        self._storage, self._stage = storage, stage
+        self._identities: dict[str, Identity] = {}
+
+    def add(self, name: str, entry: os.DirEntry[str]) -> None:
+        make_parents(self._storage, self._stage, name)
+        path = self._stage / name
+        try:
+            status = entry.stat(follow_symlinks=False)
+            if entry.is_symlink():
+                self._storage.symlink(os.readlink(entry.path), path)
+            elif entry.is_dir():
+                self._storage.make_directory(path)
+                self._storage.copy_mode(entry.path, path)
+            else:
+                self._storage.link(entry.path, path)
+        except FileNotFoundError:
+            if os.path.lexists(entry.path):
+                raise
+            return  # somebody has removed it just now
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            raise _CannotBeDoneError(f"{entry.path} cannot be linked ({error.strerror})") from None
+        self._identities[name] = identity_of(status)
+
+    def sync(self) -> None:
+        sync_folders(self._storage, self._stage, self._identities)
+
+    def drop(self) -> None:
+        """Take everything out of the stage again."""
+        for name in self._identities:
+            path = self._stage / name
+            if path.is_dir() and not path.is_symlink():
+                self._storage.remove_directory(path)
+            else:
+                self._storage.unlink(path)
+            remove_empty_parents(self._storage, self._stage, name)
+
+    def add_late(self, ours: set[str], target: Path) -> None:
+        """Bring over what others put into the old directory, now in the stage, while it was being carried."""
+        for name, entry in list(walk(self._storage, self._stage)):
+            status, path = entry.stat(follow_symlinks=False), target / name
+            known = self._identities.get(name) == identity_of(status)
+            if known or name in ours or entry.is_dir(follow_symlinks=False):
+                continue
+            if not (os.path.lexists(path) and os.path.samestat(os.lstat(path), status)):
+                make_parents(self._storage, target, name)
+                self._storage.rename(entry.path, path)
+
+
+def _refuse_clashes(target: Path, kept: set[str], names: list[str]) -> None:
+    """Refuse to put a file where a directory stays, or the other way round."""
+    old_folders = {str(parent) for name in kept for parent in Path(name).parents}
+    new_folders = {str(parent) for name in names for parent in Path(name).parents}
+    if clashes := sorted(old_folders.intersection(names) | new_folders.intersection(kept)):
+        raise CheckpointError(
+            f"{target}: {', '.join(clashes)} would have to be a file and a directory; "
+            "move away what is there, or save elsewhere"
+        )
 
 
 def _is_private(name: str) -> bool:
     return any(map(is_workspace, name.split("/")))
 
 
+def _is_mounted(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False) and is_mount_point(entry.path)
+
+
 def _can_be_carried(entry: os.DirEntry[str]) -> bool:
-    if entry.is_dir(follow_symlinks=False) and is_mount_point(entry.path):
-        return False
     return entry.is_symlink() or entry.is_file() or entry.is_dir()

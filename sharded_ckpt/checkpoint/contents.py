@@ -12,7 +12,7 @@ import json
 import os
 import posixpath
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from patchers.errors import CheckpointError
@@ -57,7 +57,7 @@ class RankRecord:
 
     def to_json(self) -> bytes:
         """Return what `from_json` reads."""
-        return json.dumps(asdict(self)).encode()
+        return json.dumps({**vars(self), "files": [vars(file) for file in self.files]}).encode()
 
     @classmethod
     def from_json(cls, raw: bytes) -> RankRecord:

@@ -60,7 +60,7 @@ class Journal:
             journal = cls(**json.loads(storage.read(path)))
             for name in (*journal.fresh, *journal.replacing, *journal.removed):
                 check_name(name, str(path))
-            if os.path.basename(journal.name) != journal.name:
+            if journal.name in ("", ".", "..") or "/" in journal.name:
                 raise ValueError(f"unsafe directory name {journal.name!r}")
         except FileNotFoundError:
             return None
@@ -90,9 +90,9 @@ def finish(storage: LocalStorage, workspace: Path) -> None:
 
 
 def _remove(storage: LocalStorage, target: Path, name: str, identity: Identity) -> None:
-    try:
-        if identity_of(os.lstat(target / name)) == tuple(identity):
-            unlink_if_there(storage, target / name)
-    except FileNotFoundError:
-        pass
+    path = target / name
+    if path.is_dir() and not path.is_symlink():  # an empty one, unless somebody has put something there since
+        name = f"{name}/."
+    elif os.path.lexists(path) and identity_of(os.lstat(path)) == tuple(identity):
+        unlink_if_there(storage, path)
     remove_empty_parents(storage, target, name)

@@ -18,7 +18,7 @@ from typing import Any, Final
 from patchers.errors import CheckpointError, CollectiveError, ConfigError
 from patchers.names import fold_indices
 from sharded_ckpt.checkpoint import workspace
-from sharded_ckpt.checkpoint.commit import Publication
+from sharded_ckpt.checkpoint.commit import UNTOUCHED, Publication
 from sharded_ckpt.checkpoint.contents import Contents, RankRecord
 from sharded_ckpt.checkpoint.coordinator import Coordinator, Solo
 from sharded_ckpt.checkpoint.journal import STAGE
@@ -84,8 +84,8 @@ def transaction(
     coordinator = coordinator or Solo()
     storage = storage or LocalStorage(durable=durable)
     target = Path(os.path.realpath(directory))
-    options = {"manifest": manifest, "overwrite": overwrite, "unique_names": unique_names, "plan": plan}
-    in_use = _agree(coordinator, target, options)
+    options = {"manifest": manifest, "overwrite": overwrite, "unique_names": unique_names}
+    in_use = _agree(coordinator, target, {"durable": storage.durable, **options, "plan": plan})
     space: Workspace | None = None
     publication: Publication | None = None
     try:
@@ -97,9 +97,7 @@ def transaction(
             save = Transaction(path / STAGE, coordinator.rank, storage, digest=manifest)
             yield save
             write_small(storage, path / _record_name(coordinator.rank), save.close().to_json(), sync=False)
-        with _together(
-            coordinator, f"publishing {directory}", lambda: bool(publication and publication.published)
-        ):
+        with _together(coordinator, f"publishing {directory}", lambda: _state_of(publication)):
             if space is not None:
                 contents = Contents.merge(_read_records(storage, space.path, coordinator.world_size))
                 publication = Publication(
@@ -135,9 +133,9 @@ def _agree(coordinator: Coordinator, target: Path, options: dict[str, Any]) -> s
     for name in options:
         ranks: dict[str, list[int]] = {}
         for rank, words in enumerate(said):
-            ranks.setdefault(f"{words['options'][name]!r:.200}", []).append(rank)
+            ranks.setdefault(repr(words["options"][name]), []).append(rank)
         if len(ranks) > 1:
-            views = "; ".join(f"{text} on rank {fold_indices(which)}" for text, which in ranks.items())
+            views = "; ".join(f"{text:.200} on rank {fold_indices(which)}" for text, which in ranks.items())
             raise ConfigError(f"cannot save to {target}: the ranks disagree on `{name}`: {views}")
     inside = [rank for rank, words in enumerate(said) if words["inside"]]
     return f"it is the working directory of rank {fold_indices(inside)}" if inside else None
@@ -151,6 +149,8 @@ def _works_in(target: Path) -> bool:
 
 
 def _reserve(storage: LocalStorage, target: Path, *, overwrite: bool) -> Workspace:
+    if not target.name:
+        raise CheckpointError(f"{target}: cannot save here: it is the root of the file system")
     if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(f"{target}: cannot save here: expected a directory, found a file")
     root = next(parent for parent in target.parents if os.path.lexists(parent))
@@ -199,7 +199,7 @@ def _read_records(storage: LocalStorage, path: Path, world_size: int) -> list[Ra
 
 @contextmanager
 def _together(
-    coordinator: Coordinator, doing: str, published: Callable[[], bool] = lambda: False
+    coordinator: Coordinator, doing: str, state: Callable[[], str] = lambda: UNTOUCHED
 ) -> Iterator[None]:
     """Run rank-local work, then vote, also after an interrupt: nobody must be waited for in vain."""
     error: BaseException | None = None
@@ -208,7 +208,7 @@ def _together(
     except GeneratorExit:
         raise
     except BaseException as caught:
-        error = _explain(caught, doing, published())
+        error = _explain(caught, doing, state())
     try:
         coordinator.vote(error, doing)
     except CollectiveError:
@@ -217,17 +217,15 @@ def _together(
         raise error from None  # an interrupt stays what it is
 
 
-def _explain(error: BaseException, doing: str, published: bool) -> BaseException:
+def _state_of(publication: Publication | None) -> str:
+    return publication.state if publication else UNTOUCHED
+
+
+def _explain(error: BaseException, doing: str, state: str) -> BaseException:
     """Say in an error of the system what it means for the checkpoint."""
     if type(error).__module__ != "builtins" or not isinstance(error, OSError) or error.errno is None:
         return error
-    state = (
-        "the new checkpoint is in place, whole"
-        if published
-        else "nothing was published, what was there stays"
-    )
-    told = OSError(
-        error.errno, f"{error.strerror} while {doing}; {state}", error.filename, None, error.filename2
-    )
+    text = f"{error.strerror} while {doing}; {state}"
+    told = OSError(error.errno, text, error.filename, None, error.filename2)
     told.__cause__ = error
     return told

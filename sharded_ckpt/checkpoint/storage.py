@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import time
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
@@ -16,6 +18,8 @@ PathLike: TypeAlias = "str | os.PathLike[str]"
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 OPERATIONS: Final = (
+    "lock",
+    "unlock",
     "list",
     "read",
     "make_directory",
@@ -45,6 +49,9 @@ UNSUPPORTED: Final = frozenset(
 OCCUPIED: Final = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 """What a file system says when a directory would have to be empty, and is not."""
 
+LOCK_WITHIN: Final = 10.0
+"""Seconds to wait for somebody who holds a lock; it is held for moments only, unless its owner is frozen."""
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _SYNC_FILE_RANGE_WRITE = 2
@@ -64,6 +71,32 @@ class LocalStorage:
 
     def __init__(self, *, durable: bool = True) -> None:
         self.durable = durable
+
+    def lock(self, path: PathLike) -> int | None:
+        """Keep others who lock the same directory out, for a moment; None where that is not possible.
+
+        Returns:
+            What `unlock` takes.
+        """
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        limit = time.monotonic() + LOCK_WITHIN
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return fd
+            except OSError as error:
+                if error.errno == errno.EWOULDBLOCK and time.monotonic() < limit:
+                    time.sleep(0.005)
+                    continue
+                os.close(fd)
+                return None
+
+    def unlock(self, fd: int) -> None:
+        """Let others in again."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # a fork may have inherited the descriptor
+        finally:
+            os.close(fd)
 
     def list(self, path: PathLike) -> list[os.DirEntry[str]]:
         """Return the entries of a directory, sorted by name."""

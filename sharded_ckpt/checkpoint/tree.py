@@ -39,28 +39,47 @@ def copy_file(storage: LocalStorage, source: PathLike, target: PathLike) -> None
     storage.copy_mode(source, target)
 
 
-def remove_tree(storage: LocalStorage, path: PathLike) -> None:
-    """Remove a directory and what is in it; links are removed, never followed, and what is gone is gone."""
-    try:
+def remove_tree(storage: LocalStorage, root: PathLike) -> None:
+    """Remove a directory and what is in it.
+
+    Links are removed, never followed; what is gone is gone; what is mounted there is not entered.
+
+    Raises:
+        OSError: Something is left.
+    """
+    mounts = _mount_points()
+
+    def remove(path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            for entry in storage.list(path):
+                if entry.is_dir(follow_symlinks=False) and entry.path not in mounts:
+                    remove(entry.path)
+                else:
+                    unlink_if_there(storage, entry.path)
+            storage.remove_directory(path)
+
+    remove(os.path.realpath(root))
+
+
+def walk(storage: LocalStorage, root: PathLike) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield what a directory holds, by its path from there with `/`.
+
+    These are files, links, and of the directories those that are empty, or not entered because something is
+    mounted there.
+    """
+    mounts = _mount_points()
+
+    def enter(path: str, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
         for entry in storage.list(path):
-            if entry.is_dir(follow_symlinks=False) and not is_mount_point(entry.path):
-                remove_tree(storage, entry.path)
-            else:
-                unlink_if_there(storage, entry.path)
-        storage.remove_directory(path)
-    except FileNotFoundError:
-        return
+            name, empty = prefix + entry.name, True
+            if entry.is_dir(follow_symlinks=False) and entry.path not in mounts:
+                for item in enter(entry.path, name + "/"):
+                    empty = False
+                    yield item
+            if empty:
+                yield name, entry
 
-
-def walk(storage: LocalStorage, root: PathLike, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield what a directory holds, by its path from there with `/`: files, links, directories if empty."""
-    for entry in storage.list(root):
-        name = prefix + entry.name
-        if not entry.is_dir(follow_symlinks=False) or is_mount_point(entry.path):
-            yield name, entry
-        else:
-            inner = list(walk(storage, entry.path, name + "/"))
-            yield from inner or [(name, entry)]
+    return enter(os.path.realpath(root), "")
 
 
 def make_parents(storage: LocalStorage, root: PathLike, name: str) -> None:
@@ -88,10 +107,10 @@ def remove_empty_parents(storage: LocalStorage, root: PathLike, name: str) -> No
 
 def is_mount_point(path: PathLike) -> bool:
     """Return whether something is mounted there, a directory of the same file system included."""
-    return os.path.ismount(path) or os.path.realpath(path) in _bind_mounts()
+    return os.path.ismount(path) or os.path.realpath(path) in _mount_points()
 
 
-def _bind_mounts() -> set[str]:
+def _mount_points() -> set[str]:
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
             points = [line.split(" ")[4] for line in lines]

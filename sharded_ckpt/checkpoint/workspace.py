@@ -20,6 +20,7 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -192,15 +193,30 @@ def _acquire(storage: LocalStorage, target: Path, *, inside: bool) -> Workspace:
         storage.make_directory(private / journal.STAGE)
         said = {"owner": str(owner), "host": socket.gethostname(), "since": time.strftime("%F %T %z")}
         write_small(storage, private / "owner", json.dumps(said).encode(), sync=False)
-        for folder in {path.parent, target} if os.path.isdir(target) else {path.parent}:
-            sweep(storage, folder, now=os.stat(private).st_mtime)
-        _take_name(storage, private, path, target)
+        with _alone(storage, path.parent):
+            sweep(storage, path.parent, os.stat(private), target)
+            if not inside and os.path.isdir(target):
+                sweep(storage, target, os.stat(private), target)
+            _take_name(storage, private, path, target)
     except BaseException:
         _alive_here.discard(owner.nonce)
         with contextlib.suppress(OSError):
             remove_tree(storage, private)
+            if owner_of(storage, path) == owner:
+                _remove(storage, path, owner)
         raise
     return Workspace(path, owner, inside)
+
+
+@contextlib.contextmanager
+def _alone(storage: LocalStorage, folder: Path) -> Iterator[None]:
+    """Keep other saves from taking names in a directory, so that what is found dead cannot come to life."""
+    held = storage.lock(folder)
+    try:
+        yield
+    finally:
+        if held is not None:
+            storage.unlock(held)
 
 
 def _take_name(storage: LocalStorage, private: Path, path: Path, target: Path) -> None:
@@ -224,26 +240,43 @@ def _busy(storage: LocalStorage, path: Path, target: Path) -> str:
     )
 
 
-def sweep(storage: LocalStorage, folder: Path, *, now: float) -> None:
+def sweep(storage: LocalStorage, folder: Path, own: os.stat_result, target: Path) -> None:
     """Remove the workspaces of dead saves from a directory, after finishing what they had begun to publish.
 
     Args:
         storage: The file system.
         folder: Where to look; links are not followed.
-        now: The time by the clock of that file system, in seconds since the epoch.
+        own: Of a workspace made there just now. Its time tells the clock of that file system; what belongs to
+            another user is left alone, as its journal would be obeyed with our rights.
+        target: The directory that is to be saved to.
+
+    Raises:
+        CheckpointError: What was begun to be published there cannot be finished. Later it might be, over what
+            is saved now, so nothing must be.
     """
     for entry in storage.list(folder):
-        if not is_workspace(entry.name) or not entry.is_dir(follow_symlinks=False):
-            continue
-        path = Path(entry.path)
-        owner = owner_of(storage, path)
-        if owner is None or not _is_over(storage, path, owner, now):
-            continue
+        if is_workspace(entry.name):
+            try:
+                _sweep_one(storage, entry, own)
+            except FileNotFoundError:  # another save was faster, or it was no dead one
+                continue
+            except (OSError, CheckpointError) as error:
+                if unfinished(target) is not None:
+                    raise CheckpointError(
+                        f"an earlier save into {target} died while it was published, and cannot be finished: "
+                        f"{error}; mend that, or remove {unfinished(target)}, which holds what is left of it"
+                    ) from error
+                logger.warning("%s, left by a save that died, cannot be removed: %s", entry.path, error)
+
+
+def _sweep_one(storage: LocalStorage, entry: os.DirEntry[str], own: os.stat_result) -> None:
+    if not entry.is_dir(follow_symlinks=False) or entry.stat(follow_symlinks=False).st_uid != own.st_uid:
+        return
+    path = Path(entry.path)
+    owner = owner_of(storage, path)
+    if owner is not None and _is_over(storage, path, owner, own.st_mtime):
         logger.info("removing %s, left by a save that died", path)
-        try:
-            _remove(storage, path, owner)
-        except (OSError, CheckpointError) as error:
-            logger.warning("%s, left by a save that died, cannot be removed: %s", path, error)
+        _remove(storage, path, owner)
 
 
 def _is_over(storage: LocalStorage, path: Path, owner: Owner, now: float) -> bool:

@@ -11,27 +11,20 @@ through `.data` or numpy leaves no trace that would tell that the file is out of
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 from patchers.errors import CheckpointError
 from patchers.names import fold
-from sharded_ckpt.checkpoint.layout import FileLayout, TensorSpec, plan_file
+from sharded_ckpt.checkpoint.layout import TensorSpec, plan_file
 from sharded_ckpt.checkpoint.storage import LocalStorage, PathLike
+from sharded_ckpt.checkpoint.stream import CHUNK_BYTES, ByteStream
 
 if TYPE_CHECKING:
     import torch
 
-CHUNK_BYTES: Final = 8 << 20
-"""How much one write call takes."""
-
-STAGING_BYTES: Final = 4 << 20
-"""Staging buffer of one thread, for tensors that are not contiguous in host memory."""
-
-THREADS: Final = 2
+__all__ = ["CHUNK_BYTES", "DTYPE_NAMES", "LazyTensor", "WrittenFile", "aliases", "describe", "write_tensors"]
 
 # Reached by name, so that planning a file needs no torch.
 DTYPE_NAMES: Final[Mapping[str, str]] = {
@@ -57,12 +50,6 @@ DTYPE_NAMES: Final[Mapping[str, str]] = {
     "torch.float4_e2m1fn_x2": "F4",
 }
 """The names that safetensors gives the dtypes of torch."""
-
-_ALIGNMENT = (
-    4096  # of the data: whole pages, so that a mapping of it is aligned for every dtype and for direct I/O
-)
-_STAGING_ALIGNMENT = 16  # the largest item of any dtype
-_MAX_PIECES = 1024  # IOV_MAX of Linux
 
 
 @dataclass(frozen=True)
@@ -161,10 +148,18 @@ def write_tensors(
     storage = storage or LocalStorage()
     layout = plan_file(describe(tensors), {"format": "pt"} if metadata is None else metadata)
     hasher = hashlib.sha256() if digest else None
+    _wait_for_devices(tensors)
     fd = storage.create(path)
     try:
         storage.reserve(fd, layout.file_size)
-        _Stream(storage, fd, layout, tensors, hasher).run()
+        values = (_value(name, tensors[name]) for name in layout.tensors)
+        stream = ByteStream(storage, fd, layout.header, values, hasher)
+        stream.write(layout.file_size)
+        if stream.nbytes != layout.file_size:
+            raise CheckpointError(
+                f"{path}: {layout.file_size} bytes were to be written, {stream.nbytes} were: "
+                "the tensors have changed their sizes meanwhile"
+            )
         storage.sync(fd)
     finally:
         storage.close(fd)
@@ -172,151 +167,28 @@ def write_tensors(
     return WrittenFile(layout.file_size, sizes, hasher.hexdigest() if hasher else None)
 
 
-class _Stream:
-    """The bytes of one file, taken in file order under a lock, written outside of it by several threads."""
-
-    def __init__(
-        self,
-        storage: LocalStorage,
-        fd: int,
-        layout: FileLayout,
-        tensors: Mapping[str, torch.Tensor | LazyTensor],
-        hasher: hashlib._Hash | None,
-    ) -> None:
-        self._storage, self._fd, self._layout, self._hasher = storage, fd, layout, hasher
-        self._tensors = tensors
-        self._lock, self._stop = threading.Lock(), threading.Event()
-        self._batches = _batches(layout.header, map(self._get, layout.tensors))
-
-    def run(self) -> None:
-        eager = (tensor for tensor in self._tensors.values() if not isinstance(tensor, LazyTensor))
-        for device in {tensor.device for tensor in eager}:
-            _wait_for(device)
-        if self._layout.file_size <= CHUNK_BYTES:
-            return self._work()
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="write-tensors") as pool:
-            try:
-                for done in [pool.submit(self._work) for _ in range(THREADS)]:
-                    done.result()
-            finally:
-                self._stop.set()
-
-    def _work(self) -> None:
-        staging = _Staging()
-        try:
-            while (taken := self._take(staging)) is not None:
-                offset, buffers = taken
-                self._storage.write(self._fd, buffers, offset)
-                self._storage.start_writeback(self._fd, offset, sum(map(len, buffers)))
-        finally:  # this thread is through, by an error or because nothing is left for any of them
-            self._stop.set()
-
-    def _get(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        if not isinstance(tensor, LazyTensor):
-            return tensor.detach()
-        made = tensor.make()
-        if found := _why_not(made):
-            raise CheckpointError(f"{name} cannot be saved: {found}")
-        if (made.dtype, tuple(made.shape)) != (tensor.dtype, tuple(tensor.shape)):
-            raise CheckpointError(
-                f"{name} was announced as {tensor.dtype} of shape {tuple(tensor.shape)}, "
-                f"made was {made.dtype} of shape {tuple(made.shape)}"
-            )
-        return made.detach()
-
-    def _take(self, staging: _Staging) -> tuple[int, list[memoryview]] | None:
-        with self._lock:
-            batch = None if self._stop.is_set() else next(self._batches, None)
-            if batch is None:
-                return None
-            offset, pieces = batch
-            staging.clear()
-            buffers = [piece if isinstance(piece, memoryview) else staging.copy(piece) for piece in pieces]
-            if self._hasher:
-                for buffer in buffers:
-                    self._hasher.update(buffer)
-            return offset, buffers
+def _value(name: str, tensor: torch.Tensor | LazyTensor) -> torch.Tensor:
+    if not isinstance(tensor, LazyTensor):
+        return tensor.detach()
+    made = tensor.make()
+    if reason := _why_not(made):
+        raise CheckpointError(f"{name} cannot be saved: {reason}")
+    if (made.dtype, tuple(made.shape)) != (tensor.dtype, tuple(tensor.shape)):
+        raise CheckpointError(
+            f"{name} was announced as {tensor.dtype} of shape {tuple(tensor.shape)}, "
+            f"made was {made.dtype} of shape {tuple(made.shape)}"
+        )
+    return made.detach()
 
 
-_Piece: TypeAlias = "memoryview | torch.Tensor"
-
-
-def _batches(header: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[tuple[int, list[_Piece]]]:
-    """Group the pieces of a file into writes: what is small goes together, with its offset in the file."""
-    batch: list[_Piece] = [memoryview(header)]
-    offset, total, staged = 0, len(header), 0
-    for tensor in tensors:
-        for piece, nbytes in _pieces(tensor):
-            copies = 0 if isinstance(piece, memoryview) else nbytes + _STAGING_ALIGNMENT
-            if total + nbytes > CHUNK_BYTES or staged + copies > STAGING_BYTES or len(batch) == _MAX_PIECES:
-                yield offset, batch
-                offset, batch, total, staged = offset + total, [], 0, 0
-            batch.append(piece)
-            total, staged = total + nbytes, staged + copies
-    yield offset, batch
-
-
-def _pieces(tensor: torch.Tensor) -> Iterator[tuple[_Piece, int]]:
-    """Cut a tensor into runs of its row-major bytes: memory as it is where possible, else parts to copy."""
-    if tensor.numel() == 0:
-        return
-    if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-        memory = _memory(tensor)
-        for begin in range(0, len(memory), CHUNK_BYTES):
-            piece = memory[begin : begin + CHUNK_BYTES]
-            yield piece, len(piece)
-    else:
-        for part in _parts(tensor, STAGING_BYTES - _STAGING_ALIGNMENT):
-            yield part, part.nbytes
-
-
-def _memory(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _parts(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
-    """Cut along the first dimension until no part is larger than the limit in bytes, in row-major order."""
-    if tensor.nbytes <= limit:
-        yield tensor
-        return
-    rows = limit // (tensor.nbytes // tensor.shape[0])
-    for begin in range(0, tensor.shape[0], max(rows, 1)):
-        yield from [tensor[begin : begin + rows]] if rows else _parts(tensor[begin], limit)
-
-
-class _Staging:
-    """Host memory of one thread that pieces of tensors are copied into on their way to the file."""
-
-    def __init__(self) -> None:
-        self._buffer: torch.Tensor | None = None
-        self._used = 0
-
-    def clear(self) -> None:
-        self._used = 0
-
-    def copy(self, piece: torch.Tensor) -> memoryview:
-        import torch
-
-        if self._buffer is None:
-            # Pinned memory is what devices copy into at full speed.
-            pinned = piece.device.type != "cpu" and torch.accelerator.is_available()
-            self._buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=pinned)
-        taken = self._buffer[self._used : self._used + piece.nbytes]
-        taken.view(piece.dtype).view(piece.shape).copy_(piece)
-        self._used += -(-piece.nbytes // _STAGING_ALIGNMENT) * _STAGING_ALIGNMENT
-        return taken.numpy().data
-
-
-def _wait_for(device: torch.device) -> None:
-    """Wait for work that the caller queued: the threads here copy on streams that know nothing of it."""
+def _wait_for_devices(tensors: Mapping[str, torch.Tensor | LazyTensor]) -> None:
+    """Wait for work that the caller has queued: the threads here copy on streams that know nothing of it."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and accelerator.type == device.type:
-        torch.accelerator.synchronize(device)
+    for device in {tensor.device for tensor in tensors.values() if isinstance(tensor, torch.Tensor)}:
+        if accelerator is not None and accelerator.type == device.type:
+            torch.accelerator.synchronize(device)
 
 
 def aliases(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:

@@ -62,6 +62,12 @@ class FaultyStorage(WatchedStorage):
         finally:  # a descriptor is gone also when closing it fails
             os.close(fd)
 
+    def unlock(self, fd: int) -> None:
+        try:
+            self._enter("unlock")
+        finally:
+            LocalStorage.unlock(self, fd)
+
     @property
     def failed(self) -> bool:
         return len(self.log) >= self.fail_at
