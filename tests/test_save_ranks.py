@@ -91,9 +91,9 @@ def parent_of(shared: Path, kind: str, family: str, tied: bool, dtype: torch.dty
     ("kind", "family", "tied", "dtype"),
     [
         ("heterogeneous", "qwen3", True, torch.bfloat16),
-        pytest.param("heterogeneous", "llama", False, torch.float32, marks=pytest.mark.slow),
+        ("heterogeneous", "llama", False, torch.float32),
         ("homogeneous", "llama", False, torch.float32),
-        pytest.param("homogeneous", "qwen3", True, torch.bfloat16, marks=pytest.mark.slow),
+        ("homogeneous", "qwen3", True, torch.bfloat16),
     ],
 )
 def test_any_number_of_ranks_reads_what_any_number_wrote(gloo, shared, tmp_path, kind, family, tied, dtype):
@@ -193,10 +193,22 @@ def test_a_tensor_whose_dtype_differs_between_ranks_is_refused_with_both(gloo, t
 # Families --------------------------------------------------------------------------------------------------
 
 
-def test_a_family_with_other_names_in_its_files_is_saved_in_those_from_several_ranks(gloo, shared, tmp_path):
-    parent = tiny_checkpoint(shared, "mixtral", num_local_experts=2)
-    gloo.run_ok(save_blocks, str(parent), str(tmp_path), [[1, 2], [0, 3]])
-    assert same(tensors_of(tmp_path), tensors_of(parent))
+def save_all(parents: list[str], out: str) -> None:
+    for number, parent in enumerate(parents):
+        save_blocks(parent, f"{out}/{number}", [[1, 2], [0, 3]])
+
+
+def test_families_with_other_names_in_their_files_are_saved_in_those_from_several_ranks(
+    gloo, shared, tmp_path
+):
+    sizes = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+    experts = {"num_experts": 4, "num_local_experts": 4, **sizes}
+    families = ("mixtral", "qwen3_moe", "gpt_oss", "phimoe")
+    parents = [tiny_checkpoint(shared, family, shards=1, **experts) for family in families]
+    parents += [tiny_checkpoint(shared, family) for family in ("gpt2", "phi3")]
+    gloo.run_ok(save_all, [str(parent) for parent in parents], str(tmp_path))
+    for number, parent in enumerate(parents):
+        assert same(tensors_of(tmp_path / str(number)), tensors_of(parent)), parent
 
 
 # Ties ------------------------------------------------------------------------------------------------------
