@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.checkpoints import files_in, fill, save_version, stranger_reads, values, version_in
 from support.storages import NoExchange, WatchedStorage
@@ -22,8 +24,10 @@ from patchers.errors import CheckpointError, CollectiveError, ConfigError
 from sharded_ckpt.checkpoint import publish
 from sharded_ckpt.checkpoint.index import open_index
 from sharded_ckpt.checkpoint.publish import transaction
+from sharded_ckpt.checkpoint.reader import open_checkpoint
 from sharded_ckpt.checkpoint.source import open_source
 from sharded_ckpt.checkpoint.storage import LocalStorage
+from sharded_ckpt.checkpoint.verify import verify
 
 
 @pytest.fixture(params=["exchange", "name by name", "in the working directory"])
@@ -483,6 +487,49 @@ def test_a_tensor_of_no_rank_is_missed(tmp_path: Path) -> None:
     for error in run_ranks(2, lambda rank: work(rank, 1)):
         assert r"1 tensors were written, but not expected: model.layers.1.w" in str(error)
     assert run_ranks(2, lambda rank: work(rank, 2)) == [None, None]
+
+
+def test_ranks_must_say_the_same_in_an_index(tmp_path: Path) -> None:
+    def work(rank: ThreadRank, said: list[int]) -> None:
+        with transaction(tmp_path / "ckpt", rank) as save:
+            save.write_tensors({str(rank.rank): torch.zeros(1)}, index_metadata={"step": said[rank.rank]})
+
+    for error in run_ranks(3, lambda rank: work(rank, [7, 7, 8])):
+        assert "the ranks disagree on its 'step': 7 before rank 2, 8 there" in str(error)
+    assert run_ranks(3, lambda rank: work(rank, [7, 7, 7])) == [None] * 3
+    index = json.loads((tmp_path / "ckpt" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"step": 7, "total_size": 12}
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_any_tensors_on_any_ranks_in_shards_of_any_size_come_back(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    world_size = data.draw(st.integers(1, 4))
+    names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=6).filter(
+        lambda s: s != "__metadata__"
+    )
+    shapes = data.draw(st.dictionaries(names, st.lists(st.integers(0, 5), max_size=3), max_size=12))
+    tensors = {name: torch.rand(shape) for name, shape in shapes.items()}
+    owners = {name: data.draw(st.integers(0, world_size - 1)) for name in tensors}
+    limit = data.draw(st.none() | st.integers(1, 300))
+    options = data.draw(st.sampled_from([{}, {"storage": NoExchange(durable=False)}, {"unique_names": True}]))
+
+    def work(rank: ThreadRank) -> None:
+        mine = {name: tensor for name, tensor in tensors.items() if owners[name] == rank.rank}
+        with transaction(tmp_path / "ckpt", rank, **{"durable": False, **options}) as save:
+            save.write_tensors(mine, max_shard_size=limit)
+            save.expect(mine)
+
+    assert run_ranks(world_size, work) == [None] * world_size
+    reader = open_checkpoint(tmp_path / "ckpt")
+    read = reader.read()
+    reader.close()
+    assert set(read) == set(tensors)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert os.listdir(tmp_path) == ["ckpt"]
+    assert verify(tmp_path / "ckpt")
 
 
 def test_a_file_of_two_ranks_is_refused(tmp_path: Path) -> None:

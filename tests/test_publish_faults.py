@@ -625,6 +625,13 @@ def test_of_two_savers_one_wins_and_none_corrupts(tmp_path: Path, mode: str) -> 
     assert len(files_in(tmp_path)) == 5
 
 
+def test_of_several_processes_one_wins_at_a_time(tmp_path: Path) -> None:
+    counts = run_apart(killing.save_by_many, str(tmp_path), 3, 90)
+    assert set(counts) <= {"saved", "refused"}
+    assert counts["saved"] > 5
+    assert not litter(tmp_path)
+
+
 def test_saves_side_by_side_do_not_disturb_each_other(tmp_path: Path) -> None:
     errors: list[BaseException] = []
 
@@ -655,6 +662,11 @@ def test_a_save_into_a_folder_of_a_checkpoint_survives_a_save_of_the_checkpoint(
     assert version_in(ckpt) == 2
     assert version_in(ckpt / "adapters" / "one") == 5
     assert "belongs to another save" in caplog.text
+
+
+@pytest.mark.parametrize(("contiguous", "limit"), [(True, 4), (False, 20)])
+def test_saving_takes_no_memory_to_speak_of(tmp_path: Path, contiguous: bool, limit: int) -> None:
+    assert run_apart(killing.peak_of_saving, str(tmp_path), contiguous, 128 << 20) < limit << 20
 
 
 def test_many_saves_leak_nothing(tmp_path: Path) -> None:

@@ -83,10 +83,7 @@ class Contents:
         Raises:
             CheckpointError: Ranks wrote the same tensor or file, or a tensor that is expected is not there.
         """
-        indexes: dict[str, dict[str, Any]] = {}
-        for record in records:
-            for name, metadata in record.indexes.items():
-                indexes.setdefault(name, {}).update(metadata)
+        indexes = _merge_metadata(records)
         _check_unique(records)
         _check_complete(records)
         files = _numbered([file for record in records for file in record.files])
@@ -144,6 +141,20 @@ def shard_name(stem: str, number: int, count: int) -> str:
         'model-00001-of-00003.safetensors'
     """
     return f"{stem}-{number:05d}-of-{count:05d}{SUFFIX}"
+
+
+def _merge_metadata(records: Sequence[RankRecord]) -> dict[str, dict[str, Any]]:
+    indexes: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for index, metadata in record.indexes.items():
+            merged = indexes.setdefault(index, {})
+            for name, value in metadata.items():
+                if merged.setdefault(name, value) != value:
+                    raise CheckpointError(
+                        f"{index}: the ranks disagree on its {name!r}: {merged[name]!r} before rank "
+                        f"{record.rank}, {value!r} there"
+                    )
+    return indexes
 
 
 def _numbered(files: Sequence[StagedFile]) -> list[StagedFile]:

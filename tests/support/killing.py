@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import resource
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from patchers.errors import CheckpointError
+from sharded_ckpt.checkpoint.publish import transaction
 from sharded_ckpt.checkpoint.reader import open_checkpoint
 from sharded_ckpt.checkpoint.storage import LocalStorage
 from support.checkpoints import recovered_version, save_version, values, version_in
@@ -147,3 +151,44 @@ def _read_whole(directory: Path) -> int:
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), f"{name} is not of version {version}"
     return version
+
+
+def save_by_many(parent: str, savers: int, times: int) -> dict[str, int]:
+    """Let forks save into one directory over and over; count what became of their saves."""
+    directory = Path(parent) / "ckpt"
+    save_version(directory, 0, durable=False)
+    logs = [Path(parent) / f"log{saver}" for saver in range(savers)]
+
+    def work(saver: int) -> None:
+        with logs[saver].open("a") as log:
+            for version in range(saver, times, savers):
+                try:
+                    save_version(directory, version, durable=False)
+                    log.write("saved\n")
+                except CheckpointError as error:
+                    log.write("refused\n" if "another save into" in str(error) else f"{error}\n")
+
+    pids = [fork(partial(work, saver)) for saver in range(savers)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * savers
+    assert version_in(directory) is not None
+    words = [word for log in logs for word in log.read_text().splitlines()]
+    return {word: words.count(word) for word in words}
+
+
+def peak_of_saving(parent: str, contiguous: bool, nbytes: int) -> float:
+    """Return by how many bytes the memory of a process that saves rises at most."""
+    side = math.isqrt(nbytes // 4 // 4)
+    tensors = {str(i): torch.ones(side, side) for i in range(4)}
+    if not contiguous:
+        tensors = {name: tensor.T for name, tensor in tensors.items()}
+    for name in ("first", "second"):  # what the first save loads, the second one has
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _memory("VmRSS")
+        with transaction(Path(parent) / name, durable=False) as save:
+            save.write_tensors(tensors)
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(field))
