@@ -151,6 +151,27 @@ def test_superseded_files_go(tmp_path: Path, options: dict[str, Any]) -> None:
     assert index["weight_map"] == {"a": "state-00001-of-00001.safetensors"}
 
 
+def test_stems_that_begin_alike_do_not_replace_each_other(tmp_path: Path, options: dict[str, Any]) -> None:
+    ckpt = tmp_path / "ckpt"
+    for stem in ("model-ema", "model", "model_old", "model", "model-ema"):
+        with transaction(ckpt, **options) as save:
+            save.write_tensors({"a": torch.ones(2)}, stem=stem)
+    indexes = [name for name in files_in(ckpt) if name.endswith(".index.json")]
+    assert len(indexes) == 3
+    assert len(files_in(ckpt)) == 6
+    assert all(open_index(open_source(ckpt / name)).keys() == {"a"} for name in indexes)
+
+
+def test_a_stem_is_written_in_one_form(tmp_path: Path) -> None:
+    def save_both() -> None:
+        with transaction(tmp_path / "ckpt") as save:
+            save.write_tensors({"a": torch.ones(2)})
+            save.write_file("model.safetensors", {"a": torch.ones(2)})
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: written beside the index model"):
+        save_both()
+
+
 def test_files_of_given_names_can_share_an_index(tmp_path: Path, options: dict[str, Any]) -> None:
     ckpt, index = tmp_path / "ckpt", "model.safetensors.index.json"
     for version in (1, 2):
@@ -392,6 +413,10 @@ def test_names_cannot_lead_out_of_the_directory(tmp_path: Path) -> None:
                 save.write_json(name, {})
         with pytest.raises(ConfigError, match=r"ends in \.safetensors"):
             save.write_file("x.bin", {})
+        with pytest.raises(
+            ConfigError, match=r"cannot be listed by sub/x\.json, which lies in another folder"
+        ):
+            save.write_file("x.safetensors", {}, index="sub/x.json")
         with pytest.raises(ConfigError, match="ask for it with manifest=True"):
             save.write_json("manifest.json", {})
         save.write_json("a.json", 1)
@@ -485,7 +510,7 @@ def test_a_tensor_of_no_rank_is_missed(tmp_path: Path) -> None:
     for error in run_ranks(2, lambda rank: work(rank, 4)):
         assert r"2 tensors were written by no rank: model.layers.{2-3}.w" in str(error)
     for error in run_ranks(2, lambda rank: work(rank, 1)):
-        assert r"1 tensors were written, but not expected: model.layers.1.w" in str(error)
+        assert r"model.safetensors.index.json: 1 tensors were not expected: model.layers.1.w" in str(error)
     assert run_ranks(2, lambda rank: work(rank, 2)) == [None, None]
 
 

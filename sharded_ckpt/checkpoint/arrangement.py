@@ -49,7 +49,7 @@ class Arrangement:
                 )
         for name, entry in found.items():
             if name not in ours and entry.is_file(follow_symlinks=False):
-                if entry.stat().st_mode & 0o077 == 0:  # safetensors 0.8 gives 0600 whatever the umask
+                if entry.stat().st_mode & 0o777 == 0o600:  # safetensors 0.8 gives 0600 whatever the umask
                     self._storage.copy_mode(pattern, entry.path)
                 self._storage.sync_file(entry.path)
 
@@ -65,10 +65,8 @@ class Arrangement:
             unlink_if_there(self._storage, self._stage / name)
         self._derived = []
         for file in self._contents.files:
-            marked = (
-                token is not None and file.index is not None and (file.index in taken or file.name in taken)
-            )
-            self._rename(file.name, with_token(file.name, token or "") if marked else file.name)
+            clashes = file.index is not None and (file.index in taken or file.name in taken)
+            self._rename(file.name, with_token(file.name, token) if token and clashes else file.name)
         for index in self._contents.indexes:
             self._write(index, self._contents.index_json(index, self._now))
 

@@ -7,10 +7,10 @@ numbers and refuses what does not fit together.
 from __future__ import annotations
 
 import fnmatch
-import glob
 import json
 import os
 import posixpath
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +21,12 @@ from sharded_ckpt.checkpoint.manifest import MANIFEST_FILE
 from sharded_ckpt.checkpoint.source import INDEX_SUFFIX
 
 SUFFIX = ".safetensors"
+
+SHARD = re.compile(
+    r"(?P<stem>.+?)(?:-(?P<token>[0-9a-f]{8}))?-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors",
+    re.DOTALL,
+)
+"""The name of a shard, with or without what makes it unique to one save."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class Contents:
         indexes = _merge_metadata(records)
         _check_unique(records)
         _check_complete(records)
+        _check_forms(records, indexes)
         files = _numbered([file for record in records for file in record.files])
         patterns = {pattern for record in records for pattern in record.superseded}
         return cls(tuple(files), indexes, tuple(sorted(patterns)))
@@ -103,11 +110,8 @@ class Contents:
                 name = posixpath.relpath(renamed.get(file.name, file.name), folder or ".")
                 weight_map.update(dict.fromkeys(file.tensors, name))
                 total += sum(file.tensors.values())
-        metadata = {**self.indexes[index], "total_size": total}
-        return (
-            json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True).encode()
-            + b"\n"
-        )
+        content = {"metadata": {**self.indexes[index], "total_size": total}, "weight_map": weight_map}
+        return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
 
     def replaces(self, names: Collection[str], listed: Callable[[str], Iterable[str]]) -> set[str]:
         """Return which files of the old checkpoint this save replaces, whether it writes them again or not.
@@ -120,17 +124,18 @@ class Contents:
         """
         single = [f.name for f in self.files if f.index is None and f.name.endswith(SUFFIX)]
         indexes = {*self.indexes, *(name + INDEX_SUFFIX for name in single)}
-        exact, patterns = {MANIFEST_FILE, *indexes}, list(self.superseded)
-        for index in indexes:
-            if index in names:
-                exact.update(posixpath.join(posixpath.dirname(index), name) for name in listed(index))
-            if index.endswith(SUFFIX + INDEX_SUFFIX):
-                stem = index[: -len(SUFFIX + INDEX_SUFFIX)]
-                exact.add(stem + SUFFIX)
-                patterns.append(f"{glob.escape(stem)}-*-of-*{SUFFIX}")
-        return {
-            name for name in names if name in exact or any(fnmatch.fnmatchcase(name, p) for p in patterns)
-        }
+        stems = {index.removesuffix(SUFFIX + INDEX_SUFFIX) for index in indexes}
+        exact = {MANIFEST_FILE, *indexes, *(stem + SUFFIX for stem in stems)}
+        for index in indexes.intersection(names):
+            exact.update(posixpath.join(posixpath.dirname(index), name) for name in listed(index))
+
+        def goes(name: str) -> bool:
+            if name in exact or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.superseded):
+                return True
+            shard = SHARD.fullmatch(name)
+            return shard is not None and shard["stem"] in stems
+
+        return set(filter(goes, names))
 
 
 def shard_name(stem: str, number: int, count: int) -> str:
@@ -199,9 +204,19 @@ def _check_complete(records: Sequence[RankRecord]) -> None:
     for index, wanted in expected.items():
         found = {key for file in files if file.index == index for key in file.tensors}
         if missing := wanted - found:
-            raise CheckpointError(f"{len(missing)} tensors were written by no rank: {fold(missing)}")
+            raise CheckpointError(f"{index}: {len(missing)} tensors were written by no rank: {fold(missing)}")
         if surplus := found - wanted:
-            raise CheckpointError(f"{len(surplus)} tensors were written, but not expected: {fold(surplus)}")
+            raise CheckpointError(f"{index}: {len(surplus)} tensors were not expected: {fold(surplus)}")
+
+
+def _check_forms(records: Sequence[RankRecord], indexes: Collection[str]) -> None:
+    """Refuse a stem that is written as one file and as shards: readers would not know which one counts."""
+    for record in records:
+        for file in record.files:
+            if file.index is None and not file.numbered and file.name + INDEX_SUFFIX in indexes:
+                raise CheckpointError(
+                    f"{file.name}: written beside the index {file.name + INDEX_SUFFIX}; write one"
+                )
 
 
 def with_token(name: str, token: str) -> str:
@@ -211,9 +226,7 @@ def with_token(name: str, token: str) -> str:
         >>> with_token("model-00001-of-00002.safetensors", "3f2a"), with_token("sub/ffn.safetensors", "3f2a")
         ('model-3f2a-00001-of-00002.safetensors', 'sub/ffn-3f2a.safetensors')
     """
+    if shard := SHARD.fullmatch(name):
+        return f"{shard['stem']}-{token}-{shard['number']}-of-{shard['count']}{SUFFIX}"
     stem, extension = os.path.splitext(name)
-    head, dash, count = stem.rpartition("-of-")
-    base, _, number = head.rpartition("-")
-    return (
-        f"{base}-{token}-{number}{dash}{count}{extension}" if base and dash else f"{stem}-{token}{extension}"
-    )
+    return f"{stem}-{token}{extension}"

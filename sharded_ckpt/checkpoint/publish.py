@@ -55,7 +55,8 @@ def transaction(
         directory: Where to; all ranks must see the same one.
         coordinator: The ranks that take part; a single process if not given.
         durable: Whether the checkpoint must survive a power cut once this returns.
-        manifest: Whether to write `manifest.json`, with the size and SHA-256 of each file.
+        manifest: Whether to write `manifest.json`, with the size and SHA-256 of each file. If not, one that
+            is there goes, as it would be wrong.
         overwrite: Whether the directory may hold something already.
         unique_names: Whether shards that replace others get names that no other save gives, such as
             `model-3f2a9c01-00001-of-00002.safetensors`. Our readers never need that. Others, who open one

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError
-from sharded_ckpt.checkpoint.contents import shard_name
+from sharded_ckpt.checkpoint.contents import SHARD, shard_name
 from sharded_ckpt.checkpoint.index import INDEX_FILE, CheckpointIndex, index_of_headers, parse_index
 from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.manifest import MANIFEST_FILE
@@ -19,8 +18,6 @@ from sharded_ckpt.checkpoint.publish import transaction
 from sharded_ckpt.checkpoint.source import check_name, read_source_header
 
 logger = logging.getLogger(__name__)
-
-_NUMBERED = re.compile(r"(?P<stem>model(?:-[0-9a-f]+)?)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
 
 
 def rebuild_index(
@@ -60,7 +57,8 @@ def rebuild_index(
 
 
 def _candidates(source: LocalSource) -> list[str]:
-    found = {name for name in source.names() if _NUMBERED.fullmatch(name)}
+    shards = filter(None, map(SHARD.fullmatch, source.names()))
+    found = {shard[0] for shard in shards if shard["stem"] == "model"}
     if present := _present(source):
         found.update(name for name in present.files if source.exists(name))
     root = Path(source.directory)
@@ -82,8 +80,9 @@ def _present(source: LocalSource) -> CheckpointIndex | None:
 def _refuse_gaps(location: str, names: Iterable[str]) -> None:
     """Refuse a set of shards that is not complete, or not one set: the new index would hide it."""
     sets: dict[tuple[str, int], set[int]] = {}
-    for match in filter(None, map(_NUMBERED.fullmatch, names)):
-        sets.setdefault((match["stem"], int(match["count"])), set()).add(int(match["number"]))
+    for match in filter(None, map(SHARD.fullmatch, names)):
+        stem = match["stem"] + (f"-{match['token']}" if match["token"] else "")
+        sets.setdefault((stem, int(match["count"])), set()).add(int(match["number"]))
     if len(sets) > 1:
         kinds = ", ".join(f"{stem}-*-of-{count:05d}" for stem, count in sorted(sets))
         raise CheckpointError(

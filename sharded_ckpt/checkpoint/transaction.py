@@ -94,6 +94,8 @@ class Transaction:
             raise ConfigError(f"{name}: tensors go into files whose name ends in {SUFFIX}")
         if index is not None:
             self._check(index)
+            if not name.startswith(index[: index.rfind("/") + 1]):
+                raise ConfigError(f"{name}: cannot be listed by {index}, which lies in another folder")
             self._record.indexes.setdefault(index, {}).update(index_metadata or {})
         self._write(name, name, tensors, metadata, numbered=False, index=index)
 
