@@ -6,6 +6,7 @@ import gc
 import io
 import mmap
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -366,11 +367,23 @@ def test_only_files_that_hold_wanted_keys_are_opened_and_each_once(large: Path) 
 
 
 def test_more_files_than_a_process_may_open_are_read(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {f"{i:04d}.safetensors": {f"t{i}": bytes([i % 256])} for i in range(300)})
-    reader = open_checkpoint(tmp_path, list)
-    assert len(list(Path("/proc/self/fd").iterdir())) < 200
-    for options in ({}, {"materialize": True}):
-        assert [int(tensor) for tensor in reader.read(**options).values()] == [i % 256 for i in range(300)]
+    count = 600
+    write_checkpoint(tmp_path, {f"{i:04d}.safetensors": {f"t{i}": bytes([i % 256])} for i in range(count)})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count - 50, limits[1]))
+    try:
+        reader = open_checkpoint(tmp_path, list)
+        reader.prefetch().wait()
+        expected = [i % 256 for i in range(count)]
+        assert [int(tensor) for tensor in reader.read(materialize=True).values()] == expected
+        assert [int(tensor) for tensor in reader.read(ring=True).values()] == expected
+        assert [int(tensor) for _, tensor in reader.iter_tensors()] == expected
+        mapped = [int(tensor) for tensor in reader.read([f"t{i}" for i in range(count // 2)]).values()]
+        assert mapped == expected[: count // 2]
+        with pytest.raises(CheckpointError, match="Too many open files; raise the limit with `ulimit -n`"):
+            reader.read()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_file_replaced_after_it_was_closed_is_noticed(tmp_path: Path) -> None:
@@ -489,6 +502,19 @@ class TestPrefetch:
         resident = pages_in_memory(file)
         for entry in entries:
             assert all(resident[entry.begin // 4096 : (entry.end - 1) // 4096])
+
+    @pytest.mark.parametrize("read_ahead", [True, False])
+    def test_goes_with_a_read_of_what_is_mapped(self, large: Path, read_ahead: bool) -> None:
+        file = large / "model-00002-of-00002.safetensors"
+        reader = open_checkpoint(large, list)
+        with open(file, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        tensors = reader.read(read_ahead=read_ahead)
+        deadline = time.monotonic() + 5
+        while read_ahead and not all(pages_in_memory(file)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert all(pages_in_memory(file)) == read_ahead
+        assert len(tensors) == 65
 
     def test_can_be_given_up(self, large: Path) -> None:
         before = set(os.listdir("/proc/self/fd"))

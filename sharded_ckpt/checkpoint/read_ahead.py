@@ -28,16 +28,20 @@ class ReadAhead:
     def __init__(self, jobs: Sequence[tuple[int, Sequence[Range]]], limit: int | None = None) -> None:
         self._limit = _half_of_memory() if limit is None else limit
         self._fds = [fd for fd, _ in jobs]
-        self._pieces = iter([(fd, piece) for fd, ranges in jobs for piece in cut(ranges, self._STEP)])
+        pieces = [(fd, piece) for fd, ranges in jobs for piece in cut(ranges, self._STEP)]
+        pieces = [piece for piece in pieces if not _is_cached(*piece)]
+        self._pieces = iter(pieces)
         self._lock = threading.Lock()
         self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        self._running = self._THREADS
+        self._running = min(self._THREADS, len(pieces))
         self._threads = [
             threading.Thread(target=self._run, name=f"read-ahead-{number}", daemon=True)
-            for number in range(self._THREADS)
+            for number in range(self._running)
         ]
         for thread in self._threads:
             thread.start()
+        if not self._threads:
+            self._close()
 
     def cancel(self) -> None:
         """Stop after the pieces that are being read."""
@@ -72,8 +76,19 @@ class ReadAhead:
             self._running -= 1
             if self._running:
                 return
+        self._close()
+
+    def _close(self) -> None:
         for fd in (*self._fds, self._null):
             os.close(fd)
+
+
+def _is_cached(fd: int, piece: Range) -> bool:
+    """Guess from its first and last byte whether a piece is in the page cache already."""
+    try:
+        return all(os.preadv(fd, [bytearray(1)], place, os.RWF_NOWAIT) for place in (piece[0], piece[1] - 1))
+    except (OSError, AttributeError):  # not in the cache, or the system cannot tell
+        return False
 
 
 def _half_of_memory() -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from itertools import repeat
-from operator import eq, itemgetter, le
+from contextlib import suppress
+from itertools import chain
+from operator import itemgetter, le
 from typing import TYPE_CHECKING, Any
 
-from patchers.errors import CheckpointError, CheckpointNotFoundError
-from patchers.names import fold
+from patchers.errors import CheckpointError
+from sharded_ckpt.checkpoint.cross_check import ghost_keys, missing_files, report_size, report_unlisted
 from sharded_ckpt.checkpoint.entry import TensorEntry
 from sharded_ckpt.checkpoint.garbage import paused_collection
 from sharded_ckpt.checkpoint.index import CheckpointIndex, open_index
@@ -51,6 +52,7 @@ class CheckpointReader:
         self.index = index
         self._shards: dict[str, Shard] = {}
         self._unlisted_bytes = 0
+        self._ahead: set[str] = set()
 
     def headers(self, keys: Iterable[str] | None = None) -> dict[str, TensorEntry]:
         """Return dtype, shape and place of tensors; opens only the files that hold them.
@@ -77,12 +79,7 @@ class CheckpointReader:
 
         What is read afterwards is the same, only sooner here. Call it before the model is imported and built.
         """
-        jobs = [
-            (os.dup(shard.fileno()), coalesce((entry.begin, entry.end) for _, entry in items))
-            for shard, items in self.plan(keys)
-            if shard.attach()
-        ]
-        return ReadAhead(jobs)
+        return self._read_ahead(self.plan(keys))
 
     def read(
         self,
@@ -92,6 +89,7 @@ class CheckpointReader:
         dtype: DtypeRule = None,
         materialize: bool = False,
         ring: bool = False,
+        read_ahead: bool = True,
         progress: Progress | None = None,
     ) -> dict[str, torch.Tensor]:
         """Read tensors.
@@ -109,6 +107,8 @@ class CheckpointReader:
                 dtype found and says which one to have.
             materialize: Read into memory of their own, by several threads, instead of mapping.
             ring: Carry the tensors through a ring of buffers on the CPU too, as for other devices.
+            read_ahead: Bring what is mapped into the page cache in the background, unless it is there or
+                `prefetch` was called for it: a hint, which changes no result.
             progress: Called with the number of bytes done since the last call, possibly by several threads.
 
         Returns:
@@ -123,9 +123,14 @@ class CheckpointReader:
 
         plan = self.plan(keys)
         self.source.ensure(shard.name for shard, _ in plan)
-        return read_tensors(
-            plan, device=device, dtype=dtype, materialize=materialize, ring=ring, progress=progress
-        )
+        if read_ahead and not (materialize or ring) and str(device) == "cpu":
+            self._read_ahead(plan)
+        tensors: dict[str, torch.Tensor] = {}
+        for part in _batches(plan):
+            tensors |= read_tensors(
+                part, device=device, dtype=dtype, materialize=materialize, ring=ring, progress=progress
+            )
+        return tensors
 
     def iter_tensors(
         self, keys: Iterable[str] | None = None, *, dtype: DtypeRule = None
@@ -148,64 +153,37 @@ class CheckpointReader:
 
         plan = self.plan(keys)
         self.source.ensure(shard.name for shard, _ in plan)
-        return iter_tensors(plan, dtype=dtype)
+        return chain.from_iterable(iter_tensors(part, dtype=dtype) for part in _batches(plan))
 
     def close(self) -> None:
         """Close the files. Tensors that were read stay valid, and files are opened again when needed."""
         for shard in self._shards.values():
             shard.close()
 
+    def _read_ahead(self, plan: Plan) -> ReadAhead:
+        """Start reading ahead what no call before this one did."""
+        jobs = []
+        for shard, items in plan[:_MAX_OPEN_SHARDS]:
+            if shard.attach():
+                ranges = ((entry.begin, entry.end) for key, entry in items if key not in self._ahead)
+                with suppress(OSError):  # too many open files are no reason to fail for a hint
+                    jobs.append((os.dup(shard.fileno()), coalesce(ranges)))
+            self._ahead.update(key for key, _ in items)
+        return ReadAhead(jobs)
+
     def _open(self, groups: dict[str, list[str]]) -> None:
         """Open the files that are not open yet; all that do not exist are named in one error."""
         new = [file for file in groups if file not in self._shards]
         if missing := self.source.missing(new):
-            raise self._missing(missing, groups)
+            raise missing_files(self.source, self.index, missing, groups)
         for file in new:
             self._shards[file] = shard = Shard(self.source, file)
             if len(self._shards) > _MAX_OPEN_SHARDS:
                 shard.close()
-            self._compare(file, shard)
+            self._unlisted_bytes += report_unlisted(self.index, file, shard.header)
         if new and len(self._shards) == len(self.index.files):
-            self._compare_size()
-
-    def _missing(self, missing: list[str], groups: dict[str, list[str]]) -> CheckpointNotFoundError:
-        names = set(self.source.names())
-        lines = [f"{file} ({len(groups[file])} tensors: {fold(groups[file], limit=3)})" for file in missing]
-        other = {name.lower(): name for name in names}
-        similar = [other[file.lower()] for file in missing if file.lower() in other]
-        hint = f"; names differ in case from {', '.join(similar)}" if similar else ""
-        return CheckpointNotFoundError(
-            f"{self.source.location}: {len(missing)} of the {len(groups)} files needed do not exist: "
-            f"{'; '.join(lines[:8])}{hint}; fetch them, or correct {self.index.file or 'the index'}"
-        )
-
-    def _compare(self, file: str, shard: Shard) -> None:
-        """Say what a header holds that the index does not know, or places in another file."""
-        tensors, weight_map = shard.header.tensors, self.index.weight_map
-        if all(map(eq, map(weight_map.get, tensors), repeat(file))):
-            return
-        others = [key for key in tensors if weight_map.get(key) != file]
-        self._unlisted_bytes += sum(tensors[key].nbytes for key in others)
-        logger.warning(
-            "%s: the index does not name this file for %d of its tensors, which are ignored: %s",
-            shard.file,
-            len(others),
-            fold(others),
-        )
-
-    def _compare_size(self) -> None:
-        """Say if the index is wrong about its size, once all files are open."""
-        stated = self.index.total_size
-        headers = [shard.header for shard in self._shards.values()]
-        found = sum(header.file_size - header.data_begin for header in headers) - self._unlisted_bytes
-        if stated is not None and stated != found:
-            logger.warning(
-                "%s/%s: total_size is %d bytes, the tensors have %d",
-                self.source.location,
-                self.index.file,
-                stated,
-                found,
-            )
+            headers = [shard.header for shard in self._shards.values()]
+            report_size(self.index, sum(h.file_size - h.data_begin for h in headers) - self._unlisted_bytes)
 
     def _entries(self, file: str, keys: list[str]) -> list[Item]:
         """Return the tensors of a file in file order."""
@@ -213,16 +191,22 @@ class CheckpointReader:
         try:
             entries = list(map(tensors.__getitem__, keys))
         except KeyError:
-            ghosts = [key for key in keys if key not in tensors]
-            raise CheckpointError(
-                f"{self.source.location}/{file}: the index {self.index.file} says that this file holds "
-                f"{fold(ghosts)}, but it does not; rebuild the index from the files, or fetch them again"
-            ) from None
+            raise ghost_keys(self.index, file, [key for key in keys if key not in tensors]) from None
         items = list(zip(keys, entries, strict=True))
         places = list(map(_PLACE, entries))
         if not all(map(le, places, places[1:])):
             items = [items[number] for number in sorted(range(len(items)), key=places.__getitem__)]
         return items
+
+
+def _batches(plan: Plan) -> Iterator[Plan]:
+    """Give the files of a plan in batches of as many as may be open, and close all but the first."""
+    for start in range(0, len(plan), _MAX_OPEN_SHARDS):
+        part = plan[start : start + _MAX_OPEN_SHARDS]
+        yield part
+        if start:
+            for shard, _ in part:
+                shard.close()
 
 
 def open_checkpoint(
