@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from patchers.errors import PartialModelError as PartialModelError
     from patchers.errors import PatchError as PatchError
     from patchers.errors import ShardedCkptError as ShardedCkptError
+    from sharded_ckpt.children import init_child_from_parent as init_child_from_parent
     from sharded_ckpt.config import load_model_config as load_model_config
     from sharded_ckpt.distribute import load_state_dict_to_shards as load_state_dict_to_shards
     from sharded_ckpt.load_report import LoadReport as LoadReport
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "children": ("init_child_from_parent",),
         "config": ("load_model_config",),
         "distribute": ("load_state_dict_to_shards",),
         "load_report": ("LoadReport",),

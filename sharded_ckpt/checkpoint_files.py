@@ -36,8 +36,9 @@ from sharded_ckpt.saved_config import (
     config_json,
     silent_warning,
 )
-from sharded_ckpt.saved_tensors import ties_of, unwrapped
+from sharded_ckpt.saved_tensors import unwrapped
 from sharded_ckpt.shared_tensors import Shares
+from sharded_ckpt.ties import ties_of
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ def _open_source(request: Request) -> TensorSource | None:
     if not location:
         return None
     try:
-        return open_source(location, revision=getattr(request.config, "_commit_hash", None))
+        return open_source(location, revision=getattr(report, "revision", None))
     except (ShardedCkptError, OSError) as error:
         logger.warning(
             "the tokenizer and other small files of %s are not carried over: %s; pass source=…",

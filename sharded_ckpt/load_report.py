@@ -14,6 +14,7 @@ class LoadReport:
 
     Attributes:
         location: Where the checkpoint is.
+        revision: Which one of a hub id's, if one was asked for.
         blocks: The blocks that the shard owns.
         num_blocks: How many the whole model has.
         tensors: How many tensors were filled.
@@ -41,6 +42,7 @@ class LoadReport:
     cast_asked: bool = False
     tied: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
+    revision: str | None = None
 
     def __bool__(self) -> bool:
         return not (self.unexpected or self.untied or (self.cast and not self.cast_asked))

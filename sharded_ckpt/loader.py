@@ -59,6 +59,7 @@ class LoadOptions:
     route: str = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    revision: str | None = None
     is_read_ahead: bool = False
 
 
@@ -317,6 +318,7 @@ class ShardLoader:
             cast_asked=bool(self._asked_dtypes()),
             tied=tuple(name for name, partner in ties if made[name] is made[partner]),
             untied=tuple(name for name, partner in ties if made[name] is not made[partner]),
+            revision=self.options.revision,
         )
 
     def _casts(self, made: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:

@@ -119,6 +119,7 @@ def load_and_shard_model(
         route=route,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        revision=revision,
         is_read_ahead=hint is not None,
     )
     here = as_runtime(runtime)

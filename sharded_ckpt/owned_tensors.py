@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from patchers.errors import ConfigError
 from sharded_ckpt.distribution import Slot, global_names
+from sharded_ckpt.ties import ties_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class OwnedTensors:
         for key, value in state.items():
             aliases.setdefault(id(value), []).append(key)
         self._places = [_Place(state[keys[0]], tuple(keys)) for keys in aliases.values()]
-        partners = _partners(_ties_of(model) if ties is None else ties)
+        partners = _partners(_ties_said_by(model) if ties is None else ties)
         self.slots = tuple(self._slot(place, names, partners) for place in self._places)
 
     def _slot(self, place: _Place, names: Mapping[str, str], partners: Mapping[str, list[str]]) -> Slot:
@@ -87,15 +87,11 @@ class OwnedTensors:
         return self._device if tensor.is_meta else tensor.device
 
 
-def _ties_of(model: nn.Module) -> dict[str, str]:
+def _ties_said_by(model: nn.Module) -> dict[str, str]:
     """Return the ties that the model's class and config say; a shard may have forgotten its own."""
     while isinstance(inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None), nn.Module):
         model = inner
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ties = getattr(type(model), "_tied_weights_keys", None)
-    tied = getattr(config, "tie_word_embeddings", False)
-    return dict(ties) if tied and isinstance(ties, Mapping) else {}
+    return ties_of(getattr(model, "config", None), type(model))
 
 
 def _partners(ties: Mapping[str, str]) -> dict[str, list[str]]:

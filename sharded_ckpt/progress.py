@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def byte_progress(
-    wanted: bool | Callable[[int], object] | None, total: int, is_main: bool
+    wanted: bool | Callable[[int], object] | None, total: int, is_main: bool, doing: str = "loading"
 ) -> Iterator[Callable[[int], object] | None]:
     """Yield what is to be told each number of bytes done, or None.
 
@@ -18,6 +18,7 @@ def byte_progress(
             or a function of the caller's own.
         total: Bytes to be done.
         is_main: Whether this is the main rank.
+        doing: What the bar is called.
     """
     if callable(wanted):
         yield wanted
@@ -31,5 +32,5 @@ def byte_progress(
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="loading") as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=doing) as bar:
         yield bar.update

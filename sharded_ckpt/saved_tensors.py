@@ -19,6 +19,7 @@ from sharded_ckpt.checkpoint.writer import describe
 from sharded_ckpt.collective import chunks
 from sharded_ckpt.distribution import global_names
 from sharded_ckpt.shared_tensors import Share
+from sharded_ckpt.ties import ties_of
 
 _HASHED_AT_ONCE: Final = 8 << 20  # bytes
 _WRAPPED_UNDER: Final = ("module", "_orig_mod")
@@ -109,22 +110,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while len(children := list(module.named_children())) == 1 and children[0][0] in _WRAPPED_UNDER:
         module = children[0][1]
     return module
-
-
-def ties_of(config: Any, model_class: type | None, model: Any = None) -> dict[str, str]:
-    """Return which name is tied to which: what the config says, in the words of the model's class.
-
-    Args:
-        config: Of the model, if it has one.
-        model_class: Its class.
-        model: The model itself, which may know better where the class speaks in patterns. A partial shard has
-            forgotten its ties, and a model whose ends have diverged some of them.
-    """
-    if not getattr(config, "tie_word_embeddings", False):
-        return {}
-    said = getattr(model_class, "_tied_weights_keys", None)
-    ties = dict(said) if isinstance(said, Mapping) else {}
-    return {**ties, **(getattr(model, "all_tied_weights_keys", None) or {})}
 
 
 def digest(tensor: Tensor) -> str:

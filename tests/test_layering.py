@@ -18,7 +18,7 @@ LAYERS: list[tuple[str, ...]] = [
     # how a process stands to the others
     ("store_thread", "verdict", "agreement", "collective", "runtime"),
     # one rank's model, before it has weights
-    ("partition", "ownership", "costs", "surgery", "config", "model", "model_bytes", "carried_files"),
+    ("partition", "ownership", "costs", "surgery", "config", "model", "model_bytes", "carried_files", "ties"),
     # weights in and out
     (
         *("plan", "progress", "load_report", "pickled", "filling", "loader", "loading"),

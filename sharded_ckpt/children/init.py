@@ -157,7 +157,7 @@ def init_child_from_parent(
     options: dict[str, Any] = {"manifest": manifest, "overwrite": overwrite, "storage": storage}
     options["plan"] = {"child": job.fingerprint(), "max_shard_size": max_shard_size}
     with (
-        byte_progress(progress, sum(recipe.nbytes for recipe in recipes), here.is_main_process) as count,
+        byte_progress(progress, sum(r.nbytes for r in recipes), here.is_main_process, "writing") as count,
         transaction(out_path, here.control, **options) as save,
     ):
         stream = ChildStream(RowReader(job.reader, storage), count)
