@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 from patchers.errors import CollectiveError, ConfigError
 from sharded_ckpt.agreement import Agreement, silence_of
 from sharded_ckpt.checkpoint.coordinator import together
+from sharded_ckpt.checkpoint.raw import bytes_of
 from sharded_ckpt.store_thread import StoreLostError
 from sharded_ckpt.verdict import ConnectionCutError, entry, judge
 
@@ -260,14 +261,6 @@ def _chunks(to: int, tensors: Iterable[Tensor], limit: int) -> Iterator[tuple[in
     for tensor in tensors:
         for chunk in chunks(tensor.detach(), limit):
             yield to, chunk
-
-
-def bytes_of(tensor: Tensor) -> Tensor:
-    """View a contiguous tensor as bytes: gloo knows few dtypes, and bytes keep every bit."""
-    import torch
-
-    flat = tensor.reshape(-1)
-    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # a single element may have any stride
 
 
 def _require_plain(value: Any, where: str = "value") -> None:

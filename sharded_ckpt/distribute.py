@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from patchers.errors import CheckpointError, ConfigError
 from patchers.names import fold
 from sharded_ckpt.checkpoint.coordinator import together
-from sharded_ckpt.collective import CHUNK_BYTES, ControlGroup, bytes_of
+from sharded_ckpt.checkpoint.raw import bytes_of
+from sharded_ckpt.collective import CHUNK_BYTES, ControlGroup
 from sharded_ckpt.distribution import Distribution, Held, RankTable, global_names, plan_distribution
 from sharded_ckpt.owned_tensors import OwnedTensors, dtype_name, is_floating
 from sharded_ckpt.runtime import Runtime, as_runtime

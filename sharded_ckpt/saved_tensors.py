@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from patchers.errors import ConfigError
 from patchers.families import PLAIN_FAMILIES
 from patchers.substitutes import Unowned
+from sharded_ckpt.checkpoint.raw import bytes_of
 from sharded_ckpt.checkpoint.writer import describe
 from sharded_ckpt.collective import chunks
 from sharded_ckpt.distribution import global_names
@@ -149,8 +150,7 @@ def _same(tensors: Mapping[str, Tensor], target: str, source: str) -> bool:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)  # a single element may have any stride
+    return bytes_of(tensor.detach().resolve_conj().resolve_neg().contiguous())
 
 
 def _refuse_unsavable(model: Any) -> None:

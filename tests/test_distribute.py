@@ -13,7 +13,8 @@ from support.gloo import Gloo, RankFailure
 from torch import nn
 
 from patchers.errors import CheckpointError, ConfigError, MissingKeysError
-from sharded_ckpt.collective import bytes_of, chunks
+from sharded_ckpt.checkpoint.raw import bytes_of
+from sharded_ckpt.collective import chunks
 from sharded_ckpt.distribute import load_state_dict_to_shards
 from sharded_ckpt.distribution import Held, RankTable, Slot, global_name, plan_distribution
 from sharded_ckpt.ownership import check_ownership

@@ -317,3 +317,11 @@ def test_header_is_what_safetensors_would_write(tmp_path: Path) -> None:
         "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
     }
     assert layout.nbytes_of("F32", (2,)) == 8
+
+
+def test_one_element_of_any_stride_is_written(tmp_path: Path) -> None:
+    odd = torch.arange(6.0)[3::2][:1]
+    assert odd.is_contiguous()
+    assert odd.stride() == (2,)
+    write_tensors(tmp_path / "a.safetensors", {"odd": odd, "matrix": torch.ones(4, 4)[::2, ::3][:1, :1]})
+    assert load_file(tmp_path / "a.safetensors")["odd"].tolist() == [3.0]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from sharded_ckpt.checkpoint.raw import bytes_of
 from sharded_ckpt.checkpoint.storage import LocalStorage
 
 if TYPE_CHECKING:
@@ -119,19 +120,13 @@ def _pieces(tensor: torch.Tensor) -> Iterator[tuple[Piece, int]]:
     if tensor.numel() == 0:
         return
     if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-        memory = _memory(tensor)
+        memory = bytes_of(tensor).numpy().data
         for begin in range(0, len(memory), CHUNK_BYTES):
             piece = memory[begin : begin + CHUNK_BYTES]
             yield piece, len(piece)
     else:
         for part in _parts(tensor, STAGING_BYTES - _STAGING_ALIGNMENT):
             yield part, part.nbytes
-
-
-def _memory(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _parts(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
