@@ -1,6 +1,6 @@
 """How fast a shard gets from memory to the disk, beside everything else that writes it.
 
-    python benchmarks/bench_write.py [--size-gb 1] [--folder DIR] [--rounds 7] [--only durable,quick,...]
+    python benchmarks/bench_write.py [--size-gb 1] [--folder DIR] [--rounds 7] [--only durable,...]
 
 The folder must lie on the disk to be measured. "Durable" means that the bytes are on the disk when the call
 returns. What is measured and how: `benchmarks/paired.py`.
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="durable,quick,export,hashed")
+    parser.add_argument("--share", type=float, default=0.9, help="of a processor, that a fair run has had")
     options = parser.parse_args()
     tensors = make_tensors(options.size_gb)
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
@@ -48,7 +49,8 @@ def main() -> None:
         check(folder, tensors)
         for name in options.only.split(","):
             methods = {text: partial(method, folder, tensors) for text, method in COMPARISONS[name].items()}
-            measures = compare(methods, options.rounds, partial(empty, folder), touch=False)
+            prepare = partial(empty, folder)
+            measures = compare(methods, options.rounds, prepare=prepare, touch=False, share=options.share)
             print(table(f"{name}: {size:.2f} GB of bf16 tensors in anonymous memory", measures), flush=True)
 
 
