@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from patchers.errors import ShardedCkptError as ShardedCkptError
     from sharded_ckpt.children import init_child_from_parent as init_child_from_parent
     from sharded_ckpt.config import load_model_config as load_model_config
-    from sharded_ckpt.distribute import load_state_dict_to_shards as load_state_dict_to_shards
-    from sharded_ckpt.load_report import LoadReport as LoadReport
-    from sharded_ckpt.loading import is_in_safetensors_format as is_in_safetensors_format
-    from sharded_ckpt.loading import load_and_shard_model as load_and_shard_model
-    from sharded_ckpt.loading import load_sharded_state_dict as load_sharded_state_dict
+    from sharded_ckpt.distribute.verbs import load_state_dict_to_shards as load_state_dict_to_shards
+    from sharded_ckpt.loading.report import LoadReport as LoadReport
+    from sharded_ckpt.loading.verbs import is_in_safetensors_format as is_in_safetensors_format
+    from sharded_ckpt.loading.verbs import load_and_shard_model as load_and_shard_model
+    from sharded_ckpt.loading.verbs import load_sharded_state_dict as load_sharded_state_dict
     from sharded_ckpt.model import create_local_shard_ as create_local_shard_
     from sharded_ckpt.model import create_sharded_model as create_sharded_model
-    from sharded_ckpt.ownership import OwnershipPlan as OwnershipPlan
-    from sharded_ckpt.ownership import plan_ownership as plan_ownership
+    from sharded_ckpt.ownership.plan import OwnershipPlan as OwnershipPlan
+    from sharded_ckpt.ownership.plan import plan_ownership as plan_ownership
     from sharded_ckpt.runtime import Runtime as Runtime
     from sharded_ckpt.runtime import default_runtime as default_runtime
-    from sharded_ckpt.saving import save_sharded_checkpoint as save_sharded_checkpoint
-    from sharded_ckpt.saving import save_sharded_model as save_sharded_model
+    from sharded_ckpt.saving.verbs import save_sharded_checkpoint as save_sharded_checkpoint
+    from sharded_ckpt.saving.verbs import save_sharded_model as save_sharded_model
     from sharded_ckpt.surgery import set_submodule as set_submodule
 
 __version__ = "0.1.0"
@@ -40,13 +40,13 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "children": ("init_child_from_parent",),
         "config": ("load_model_config",),
-        "distribute": ("load_state_dict_to_shards",),
-        "load_report": ("LoadReport",),
-        "loading": ("is_in_safetensors_format", "load_and_shard_model", "load_sharded_state_dict"),
+        "distribute.verbs": ("load_state_dict_to_shards",),
+        "loading.report": ("LoadReport",),
+        "loading.verbs": ("is_in_safetensors_format", "load_and_shard_model", "load_sharded_state_dict"),
         "model": ("create_local_shard_", "create_sharded_model"),
-        "ownership": ("OwnershipPlan", "plan_ownership"),
+        "ownership.plan": ("OwnershipPlan", "plan_ownership"),
         "runtime": ("Runtime", "default_runtime"),
-        "saving": ("save_sharded_checkpoint", "save_sharded_model"),
+        "saving.verbs": ("save_sharded_checkpoint", "save_sharded_model"),
         "surgery": ("set_submodule",),
         "errors": (
             "BlockConfigError",

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from patchers.errors import ShardedCkptError
-
-from . import __version__
+from sharded_ckpt import __version__
 
 OK, FAILED, USAGE = 0, 1, 2
 """Exit codes: done and well; something is wrong; the command line is wrong (argparse's own)."""

@@ -16,7 +16,7 @@ from patchers.descriptor import ModelDescriptor
 from patchers.errors import PartialModelError
 from patchers.names import fold
 from patchers.substitutes import Unowned, UnownedBlock, UnownedEmbedding
-from sharded_ckpt.ownership import check_ownership
+from sharded_ckpt.ownership.plan import check_ownership
 from sharded_ckpt.runtime import as_runtime
 from sharded_ckpt.surgery import set_submodule
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from patchers.errors import ConfigError
 from sharded_ckpt.checkpoint.coordinator import Coordinator, Solo
-from sharded_ckpt.collective import TIMEOUT, control_group
+from sharded_ckpt.collective.control_group import TIMEOUT, control_group
 
 if TYPE_CHECKING:
     import torch

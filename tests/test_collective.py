@@ -12,8 +12,8 @@ from support.gloo import Gloo, RankFailure
 
 from patchers.errors import CheckpointError, CollectiveError, MissingKeysError
 from sharded_ckpt.checkpoint.coordinator import Coordinator, together
-from sharded_ckpt.collective import chunks, control_group
-from sharded_ckpt.verdict import ConnectionCutError, Verdict, entry, judge
+from sharded_ckpt.collective.control_group import chunks, control_group
+from sharded_ckpt.collective.verdict import ConnectionCutError, Verdict, entry, judge
 
 # What ranks run -------------------------------------------------------------------------------------------
 

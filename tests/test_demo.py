@@ -30,7 +30,7 @@ from sharded_ckpt.demo.memory import forget_peak_memory, peak_memory
 from sharded_ckpt.demo.results import DemoResult, ModelResult, ShardResult
 from sharded_ckpt.demo.stage import Stage
 from sharded_ckpt.demo.variant import Dropped, variant_folder
-from sharded_ckpt.loading import load_and_shard_model
+from sharded_ckpt.loading.verbs import load_and_shard_model
 from sharded_ckpt.runtime import default_runtime
 
 DROPPED = Dropped(attention=(3, 5), ffn=(4,))

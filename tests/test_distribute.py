@@ -14,10 +14,10 @@ from torch import nn
 
 from patchers.errors import CheckpointError, ConfigError, MissingKeysError
 from sharded_ckpt.checkpoint.raw import bytes_of
-from sharded_ckpt.collective import chunks
-from sharded_ckpt.distribute import load_state_dict_to_shards
-from sharded_ckpt.distribution import Held, RankTable, Slot, global_name, plan_distribution
-from sharded_ckpt.ownership import check_ownership
+from sharded_ckpt.collective.control_group import chunks
+from sharded_ckpt.distribute.distribution import Held, RankTable, Slot, global_name, plan_distribution
+from sharded_ckpt.distribute.verbs import load_state_dict_to_shards
+from sharded_ckpt.ownership.plan import check_ownership
 from sharded_ckpt.runtime import default_runtime
 
 WIDTHS = (4, 6, 0, 8)

@@ -6,7 +6,7 @@ import doctest
 import re
 from pathlib import Path
 
-from sharded_ckpt.carried_files import CARRIED, CODE, TEMPLATES
+from sharded_ckpt.saving.carried_files import CARRIED, CODE, TEMPLATES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "saving.md"
 

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from patchers import read_block_configs
 from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
 from patchers.errors import ConfigError, OwnershipError
-from sharded_ckpt.costs import MEASURES, model_costs
-from sharded_ckpt.ownership import (
+from sharded_ckpt.ownership.costs import MEASURES, model_costs
+from sharded_ckpt.ownership.partition import min_max_partition
+from sharded_ckpt.ownership.plan import (
     OwnershipPlan,
     check_disjoint_cover,
     check_ownership,
     plan_from_index,
     plan_ownership,
 )
-from sharded_ckpt.partition import min_max_partition
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "configs"
 TINY = {

@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_is_refused_by_default(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="which transformers does not know.*trust_remote_code=True"):
+    with pytest.raises(ConfigError, match=r"which transformers does not know.*trust_remote_code=True"):
         load_and_shard_model("auto", folder)
     assert not any(name.startswith("transformers_modules.own") for name in sys.modules)
 

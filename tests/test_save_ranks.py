@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from patchers import deci_x_patcher
 from sharded_ckpt.checkpoint.storage import LocalStorage
-from sharded_ckpt.loading import load_and_shard_model, load_sharded_state_dict
+from sharded_ckpt.loading.verbs import load_and_shard_model, load_sharded_state_dict
 from sharded_ckpt.runtime import default_runtime
-from sharded_ckpt.saving import save_sharded_checkpoint, save_sharded_model
+from sharded_ckpt.saving.verbs import save_sharded_checkpoint, save_sharded_model
 
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -26,11 +26,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from patchers import AttentionConfig, BlockConfig, FFNConfig, deci_x_patcher, read_block_configs
 from patchers.errors import BlockConfigError, CheckpointNotFoundError, ConfigError, MissingKeysError
-from sharded_ckpt.carried_files import carried_names
 from sharded_ckpt.checkpoint.source import open_source
 from sharded_ckpt.config import load_model_config
-from sharded_ckpt.loading import load_and_shard_model
-from sharded_ckpt.saving import save_sharded_checkpoint
+from sharded_ckpt.loading.verbs import load_and_shard_model
+from sharded_ckpt.saving.carried_files import carried_names
+from sharded_ckpt.saving.verbs import save_sharded_checkpoint
 
 DROPPED: list[Block] = [(2, 96), ("no_op", 96), (2, "no_op"), ("linear", 96)]
 SAYABLE: list[Block] = [(2, 96), ("no_op", 48), (1, "no_op"), (4, 96)]  # in every dialect but nemotron-nas

@@ -1,7 +1,7 @@
 """How several processes agree on the fate of one piece of work, seen from the files' side.
 
 The checkpoint layer knows nothing of torch.distributed: it asks a `Coordinator`. `Solo` is the one of a
-single process; `sharded_ckpt.collective` has the one that spans ranks.
+single process; `sharded_ckpt.collective.control_group` has the one that spans ranks.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from patchers.block_config import BlockConfig
 from patchers.dialects import Dialect
 from patchers.families import NATIVE_FAMILY
-from sharded_ckpt.carried_files import READABLE_AS_DECILM, config_saying
+from sharded_ckpt.saving.carried_files import READABLE_AS_DECILM, config_saying
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from patchers.errors import ConfigError
 from patchers.names import fold
-from sharded_ckpt.carried_files import carry_files
 from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.publish import transaction
@@ -26,6 +25,7 @@ from sharded_ckpt.children.plan import FLOATS, ChildPlan, plan_child
 from sharded_ckpt.children.recipes import Recipe
 from sharded_ckpt.children.report import ChildReport
 from sharded_ckpt.progress import byte_progress
+from sharded_ckpt.saving.carried_files import carry_files
 
 if TYPE_CHECKING:
     import torch
@@ -207,7 +207,7 @@ class _Job:
         )
 
     def _warnings(self, path: str) -> Iterator[str]:
-        from sharded_ckpt.saved_config import silent_warning
+        from sharded_ckpt.saving.saved_config import silent_warning
 
         if self.plan.lost:
             yield (

@@ -17,7 +17,7 @@ from sharded_ckpt.children.choices import Rules, check_choices, check_name
 from sharded_ckpt.children.ffn import FFN_CHANNELS, LINEAR_FFN, plan_ffn
 from sharded_ckpt.children.parent import Parent, Part
 from sharded_ckpt.children.recipes import Recipe, Source, copy_of
-from sharded_ckpt.partition import min_max_partition
+from sharded_ckpt.ownership.partition import min_max_partition
 
 if TYPE_CHECKING:
     from patchers.probe import SubBlock

@@ -36,16 +36,40 @@ class ShardResult:
 
 
 @dataclass(frozen=True)
+class StepResult:
+    """Something that was done with the child's checkpoint as a whole.
+
+    Attributes:
+        action: "made", "saved" or "reloaded".
+        ranks: How many ranks did it.
+        nbytes: Of all tensors: in the files that were written, or in the memory of the ranks that reloaded.
+        seconds: How long it took, on the rank where it took longest.
+        equal: How many reloaded tensors equal, bit by bit, those of the child's own files; None if nothing
+            was reloaded.
+        differing: The names of the others.
+    """
+
+    action: str
+    ranks: int
+    nbytes: int
+    seconds: float
+    equal: int | None = None
+    differing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class RankResult:
     """What one rank found out.
 
     Attributes:
         start_seconds: How long it took until all ranks had imported everything and met.
-        shards: One for each model.
+        shards: One for each model; none on the rank that joins for a reload.
+        steps: This rank's part of what was done with the child; none of what the first rank tells for all.
     """
 
     start_seconds: float
     shards: tuple[ShardResult, ...]
+    steps: tuple[StepResult, ...]
 
 
 @dataclass(frozen=True)
@@ -53,24 +77,31 @@ class ModelResult:
     """One model over all ranks.
 
     Attributes:
-        name: "parent" or "variant".
-        folder: Its checkpoint.
+        name: "parent", "variant" or "child".
+        folder: Its checkpoint; None for the child's, which goes when the demo ends.
         num_blocks: How many blocks it has.
         without_attention: The blocks whose attention is gone.
         without_ffn: The blocks whose FFN is gone.
+        half_ffn: The blocks whose FFN is half as wide.
         loss: Mean over the tokens of the paragraph, in nats.
         completion: How the model goes on with the prompt.
         shards: One for each rank.
     """
 
     name: str
-    folder: str
+    folder: str | None
     num_blocks: int
     without_attention: tuple[int, ...]
     without_ffn: tuple[int, ...]
+    half_ffn: tuple[int, ...]
     loss: float
     completion: str
     shards: tuple[ShardResult, ...]
+
+    @property
+    def tensors(self) -> int:
+        """How many tensors the ranks own; a tied head counts as one."""
+        return sum(shard.equal + len(shard.differing) for shard in self.shards)
 
 
 @dataclass(frozen=True)
@@ -80,7 +111,8 @@ class DemoResult:
     Attributes:
         notice: What the user has to know about the weights; None for the real ones.
         prompt: What the models completed.
-        models: The parent and the variant.
+        models: The parent, the variant and the child.
+        steps: How the child was made, saved and reloaded.
         start_seconds: How long it took until all ranks had imported everything and met.
         seconds: How long everything took.
     """
@@ -88,6 +120,7 @@ class DemoResult:
     notice: str | None
     prompt: str
     models: tuple[ModelResult, ...]
+    steps: tuple[StepResult, ...]
     start_seconds: float
     seconds: float
 
@@ -98,8 +131,13 @@ class DemoResult:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every tensor of every shard equals its file."""
-        return not any(shard.differing for model in self.models for shard in model.shards)
+        """Whether every tensor of every shard equals its file, and each reload gave the whole child."""
+        shards_equal = not any(shard.differing for model in self.models for shard in model.shards)
+        return shards_equal and all(self.is_whole(step) for step in self.steps)
+
+    def is_whole(self, step: StepResult) -> bool:
+        """Whether a step, if it is a reload, gave every tensor of the child, bit by bit."""
+        return step.equal in (None, self.models[-1].tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON data."""

@@ -18,9 +18,10 @@ from patchers.errors import OwnershipError
 from patchers.substitutes import armed
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from transformers import Cache, PreTrainedModel
 
-    from sharded_ckpt.checkpoint.coordinator import Coordinator
+    from sharded_ckpt.runtime import Runtime
 
 
 class Stage:
@@ -29,15 +30,15 @@ class Stage:
     Args:
         shard: As `load_and_shard_model` returns it. The hooks stay, so give it to no other stage.
         blocks: The blocks that it owns.
-        control: The ranks; all make their stages together.
+        runtime: The ranks; all make their stages together.
 
     Raises:
         OwnershipError: The blocks are not runs in the order of the ranks.
     """
 
-    def __init__(self, shard: PreTrainedModel, blocks: Sequence[int], control: Coordinator) -> None:
-        self.shard, self._blocks = shard, blocks
-        owned = control.gather(list(blocks), "lining up the ranks")
+    def __init__(self, shard: PreTrainedModel, blocks: Sequence[int], runtime: Runtime) -> None:
+        self.shard, self._blocks, self._runtime = shard, blocks, runtime
+        owned = runtime.control.gather(list(blocks), "lining up the ranks")
         in_order = [block for run in owned for block in run]
         if in_order != list(range(shard.config.num_hidden_layers)):
             raise OwnershipError(
@@ -47,7 +48,7 @@ class Stage:
         chain = [rank for rank, run in enumerate(owned) if run]
         self._head_rank = chain[-1]
         if self._blocks:
-            self._hook(chain, chain.index(control.rank))
+            self._hook(chain, chain.index(runtime.global_rank))
 
     def forward(self, input_ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor | None:
         """Run the model on the same `input_ids`, `(1, tokens)`, on every rank.
@@ -63,12 +64,12 @@ class Stage:
             return None
         with torch.no_grad(), armed(self.shard):
             logits = self.shard(input_ids, past_key_values=cache, use_cache=cache is not None).logits
-        return logits if dist.get_rank() == self._head_rank else None
+        return logits if self._runtime.global_rank == self._head_rank else None
 
     def share(self, token: torch.Tensor | None) -> torch.Tensor:
         """Return, on every rank, the token id `(1, 1)` that the rank with the head gives."""
         shared = torch.empty(1, 1, dtype=torch.int64) if token is None else token.contiguous()
-        dist.broadcast(shared, src=self._head_rank)
+        dist.broadcast(shared, group=self._runtime.process_group, group_src=self._head_rank)
         return shared
 
     def _hook(self, chain: list[int], position: int) -> None:
@@ -77,25 +78,26 @@ class Stage:
             self.shard.get_submodule(descriptor.block_name(index))
             for index in (self._blocks[0], self._blocks[-1])
         )
+        group = self._runtime.process_group
         if position > 0:
-            first.register_forward_pre_hook(_receiver(chain[position - 1]))
+            first.register_forward_pre_hook(_receiver(chain[position - 1], group))
         if position < len(chain) - 1:
-            last.register_forward_hook(_sender(chain[position + 1]))
+            last.register_forward_hook(_sender(chain[position + 1], group))
 
 
-def _receiver(source: int) -> Any:
+def _receiver(source: int, group: ProcessGroup | None) -> Any:
     def receive(block: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         zeros, *others = args
         hidden_states = torch.empty_like(zeros)
-        dist.recv(hidden_states, src=source)
+        dist.recv(hidden_states, group=group, group_src=source)
         return (hidden_states, *others)
 
     return receive
 
 
-def _sender(target: int) -> Any:
+def _sender(target: int, group: ProcessGroup | None) -> Any:
     def send(block: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         hidden_states = output if isinstance(output, torch.Tensor) else output[0]
-        dist.send(hidden_states.contiguous(), dst=target)
+        dist.send(hidden_states.contiguous(), group=group, group_dst=target)
 
     return send

@@ -47,7 +47,7 @@ class Dropped:
 
     def __str__(self) -> str:
         parts = (("attention", self.attention), ("FFN", self.ffn))
-        return " and ".join(f"the {name} of {_blocks(gone)}" for name, gone in parts if gone)
+        return " and ".join(f"the {name} of {blocks_text(gone)}" for name, gone in parts if gone)
 
     def block(self, index: int) -> BlockConfig:
         """Return what is left of a block."""
@@ -74,7 +74,13 @@ def variant_folder(parent: Path, folder: Path, dropped: Dropped) -> Path:
     return cached_folder(folder, plain, lambda stage: _make(parent, stage, dropped))
 
 
-def _blocks(indices: tuple[int, ...]) -> str:
+def blocks_text(indices: tuple[int, ...]) -> str:
+    """Return the blocks as a sentence has them.
+
+    Example:
+        >>> blocks_text((3,)), blocks_text((3, 4, 5))
+        ('block 3', 'blocks 3-5')
+    """
     return f"block{'s' if len(indices) > 1 else ''} {fold_indices(indices)}"
 
 

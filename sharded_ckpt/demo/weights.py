@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .cache import cache_root
+from .pruning import Pruning
 from .smollm2 import smollm2_folder
 from .tiny import tiny_folder
 from .variant import Dropped
@@ -26,11 +27,13 @@ class Weights:
     Attributes:
         folder: A Hugging Face folder.
         dropped: What its variant goes without.
+        pruning: What its child goes without.
         notice: What the user has to know about the weights; None for the real ones.
     """
 
     folder: Path
     dropped: Dropped
+    pruning: Pruning
     notice: str | None = None
 
 
@@ -58,9 +61,11 @@ def find_weights(
         say("SmolLM2-135M-Instruct: from the cache, or else a download of 93 MB")
         try:
             # the sub-blocks that this model misses least, on either side of the middle
-            return Weights(smollm2_folder(cache_dir, progress=progress), Dropped((15, 17, 18), (12, 14)))
+            folder = smollm2_folder(cache_dir, progress=progress)
+            return Weights(folder, Dropped((15, 17, 18), (12, 14)), Pruning(Dropped((15, 17)), (13, 14)))
         except WeightsUnavailableError as error:
             why = f"The real weights cannot be had: {error}"
     notice = f"{why} {_STAND_IN}"
     say(notice)
-    return Weights(tiny_folder(cache_root(cache_dir) / "tiny-random-llama"), Dropped((3, 5), (4,)), notice)
+    folder = tiny_folder(cache_root(cache_dir) / "tiny-random-llama")
+    return Weights(folder, Dropped((3, 5), (4,)), Pruning(Dropped((4,)), (2, 5)), notice)

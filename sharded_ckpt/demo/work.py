@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from patchers.descriptor import ModelDescriptor
 from sharded_ckpt.config import load_model_config
-from sharded_ckpt.load_report import LoadReport
-from sharded_ckpt.loading import load_and_shard_model
+from sharded_ckpt.loading.report import LoadReport
+from sharded_ckpt.loading.verbs import load_and_shard_model
 from sharded_ckpt.runtime import Runtime, default_runtime
 
 from .comparison import compare_with_files

@@ -19,9 +19,7 @@ NAMES = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(4)] + ["model.nor
 
 def values(version: int) -> dict[str, torch.Tensor]:
     """The tensors of one version: equal shapes, different values."""
-    tensors = {
-        name: torch.full((8, 8), version + i / 8) for i, name in enumerate(NAMES)
-    }
+    tensors = {name: torch.full((8, 8), version + i / 8) for i, name in enumerate(NAMES)}
     return {**tensors, "scale": torch.tensor(float(version)), "none": torch.zeros(0, 4)}
 
 

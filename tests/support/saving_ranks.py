@@ -10,7 +10,7 @@ from pathlib import Path
 
 from patchers.errors import CollectiveError
 from sharded_ckpt.checkpoint.publish import transaction
-from sharded_ckpt.collective import control_group
+from sharded_ckpt.collective.control_group import control_group
 from support.checkpoints import fill
 from support.storages import FaultyStorage, WatchedStorage
 

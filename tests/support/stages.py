@@ -14,7 +14,7 @@ from patchers.substitutes import UnownedBlock, armed
 def run_stages(
     shards: Sequence[PreTrainedModel], caches: Sequence[Any] | None = None, **inputs: Any
 ) -> torch.Tensor:
-    """Return the logits: each shard runs the model's own forward, its first block on what the last one gave."""
+    """Return the logits: each shard runs the model's own forward on what the one before gave."""
     hidden: torch.Tensor | None = None
     for number, shard in enumerate(shards):
         cache = {} if caches is None else {"past_key_values": caches[number]}

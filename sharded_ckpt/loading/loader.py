@@ -23,7 +23,7 @@ from patchers.substitutes import Unowned
 from sharded_ckpt.checkpoint.reader import CheckpointReader
 from sharded_ckpt.checkpoint.tensors import dtype_of
 from sharded_ckpt.config import load_model_config
-from sharded_ckpt.filling import (
+from sharded_ckpt.loading.filling import (
     cast_rule,
     check_complete,
     check_shapes,
@@ -31,12 +31,12 @@ from sharded_ckpt.filling import (
     fill_converted,
     fill_directly,
 )
-from sharded_ckpt.load_report import LoadReport
+from sharded_ckpt.loading.pickled import PickledReader, open_reader
+from sharded_ckpt.loading.plan import LoadPlan, ModelNames, keys_that_may_feed, plan_load
+from sharded_ckpt.loading.report import LoadReport
 from sharded_ckpt.model import build_skeleton, create_local_shard_
-from sharded_ckpt.model_bytes import model_bytes
-from sharded_ckpt.ownership import check_disjoint_cover, check_ownership, plan_ownership
-from sharded_ckpt.pickled import PickledReader, open_reader
-from sharded_ckpt.plan import LoadPlan, ModelNames, keys_that_may_feed, plan_load
+from sharded_ckpt.ownership.model_bytes import model_bytes
+from sharded_ckpt.ownership.plan import check_disjoint_cover, check_ownership, plan_ownership
 from sharded_ckpt.runtime import Runtime
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from patchers.errors import BlockConfigError
 from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
 from patchers.inference import infer_block_configs
 from patchers.names import fold_indices
-from sharded_ckpt.carried_files import READABLE_AS_DECILM, config_saying
+from sharded_ckpt.saving.carried_files import READABLE_AS_DECILM, config_saying
 
 logger = logging.getLogger(__name__)
 

@@ -22,13 +22,13 @@ from patchers.errors import ConfigError, FamilyError, MissingKeysError, ShardedC
 from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
 from patchers.inference import infer_block_configs
 from patchers.names import block_of, fold, fold_indices
-from sharded_ckpt.carried_files import GENERATION_CONFIG, carry_files
 from sharded_ckpt.checkpoint.coordinator import Coordinator, together
 from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.publish import Transaction
 from sharded_ckpt.checkpoint.source import TensorSource, open_source, read_json
 from sharded_ckpt.config import native_config
-from sharded_ckpt.saved_config import (
+from sharded_ckpt.saving.carried_files import GENERATION_CONFIG, carry_files
+from sharded_ckpt.saving.saved_config import (
     Origin,
     Said,
     blocks_asked,
@@ -36,8 +36,8 @@ from sharded_ckpt.saved_config import (
     config_json,
     silent_warning,
 )
-from sharded_ckpt.saved_tensors import unwrapped
-from sharded_ckpt.shared_tensors import Shares
+from sharded_ckpt.saving.saved_tensors import unwrapped
+from sharded_ckpt.saving.shared_tensors import Shares
 from sharded_ckpt.ties import ties_of
 
 logger = logging.getLogger(__name__)

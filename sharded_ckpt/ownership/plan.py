@@ -10,7 +10,7 @@ from typing import Any
 
 from patchers.errors import OwnershipError
 from patchers.names import block_of, fold_indices
-from sharded_ckpt.partition import min_max_partition
+from sharded_ckpt.ownership.partition import min_max_partition
 
 
 @dataclass(frozen=True)

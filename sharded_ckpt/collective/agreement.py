@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sharded_ckpt.store_thread import LEFT, StoreThread, life_of, read_by
-from sharded_ckpt.verdict import Verdict
+from sharded_ckpt.collective.store_thread import LEFT, StoreThread, life_of, read_by
+from sharded_ckpt.collective.verdict import Verdict
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -17,9 +17,9 @@ from patchers.families import PLAIN_FAMILIES
 from patchers.substitutes import Unowned
 from sharded_ckpt.checkpoint.raw import bytes_of
 from sharded_ckpt.checkpoint.writer import describe
-from sharded_ckpt.collective import chunks
-from sharded_ckpt.distribution import global_names
-from sharded_ckpt.shared_tensors import Share
+from sharded_ckpt.collective.control_group import chunks
+from sharded_ckpt.distribute.distribution import global_names
+from sharded_ckpt.saving.shared_tensors import Share
 from sharded_ckpt.ties import ties_of
 
 _HASHED_AT_ONCE: Final = 8 << 20  # bytes

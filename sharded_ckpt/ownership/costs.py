@@ -13,7 +13,7 @@ from typing import Any
 from patchers.base_sizes import BaseSizes, resolve_block
 from patchers.block_config import BlockConfig, FFNConfig
 from patchers.errors import ConfigError
-from sharded_ckpt.ownership import OwnershipPlan, plan_ownership
+from sharded_ckpt.ownership.plan import OwnershipPlan, plan_ownership
 
 MEASURES = ("bytes", "parameters", "count", "flops", "bytes+kv")
 """What costs can be counted in."""

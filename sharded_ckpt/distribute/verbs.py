@@ -13,9 +13,15 @@ from patchers.errors import CheckpointError, ConfigError
 from patchers.names import fold
 from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.checkpoint.raw import bytes_of
-from sharded_ckpt.collective import CHUNK_BYTES, ControlGroup
-from sharded_ckpt.distribution import Distribution, Held, RankTable, global_names, plan_distribution
-from sharded_ckpt.owned_tensors import OwnedTensors, dtype_name, is_floating
+from sharded_ckpt.collective.control_group import CHUNK_BYTES, ControlGroup
+from sharded_ckpt.distribute.distribution import (
+    Distribution,
+    Held,
+    RankTable,
+    global_names,
+    plan_distribution,
+)
+from sharded_ckpt.distribute.owned_tensors import OwnedTensors, dtype_name, is_floating
 from sharded_ckpt.runtime import Runtime, as_runtime
 
 logger = logging.getLogger(__name__)
@@ -119,7 +125,9 @@ def _fill_what_is_computed(model: nn.Module, device: torch.device) -> None:
     """Give a native model the buffers that no state dict holds; other modules keep theirs."""
     computed: Any = getattr(model, "named_non_persistent_buffers", tuple)()
     if any(buffer.is_meta for _, buffer in computed):
-        from sharded_ckpt.filling import fill_buffers  # imports transformers, which plain modules do not need
+        from sharded_ckpt.loading.filling import (
+            fill_buffers,  # imports transformers, which plain modules do not need
+        )
 
         fill_buffers(model, device)  # type: ignore[arg-type]
 

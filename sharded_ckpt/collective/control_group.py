@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from patchers.errors import CollectiveError, ConfigError
-from sharded_ckpt.agreement import Agreement, silence_of
 from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.checkpoint.raw import bytes_of
-from sharded_ckpt.store_thread import StoreLostError
-from sharded_ckpt.verdict import ConnectionCutError, entry, judge
+from sharded_ckpt.collective.agreement import Agreement, silence_of
+from sharded_ckpt.collective.store_thread import StoreLostError
+from sharded_ckpt.collective.verdict import ConnectionCutError, entry, judge
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,8 @@ from patchers.descriptor import ModelDescriptor
 from patchers.errors import CheckpointError, MissingKeysError
 from patchers.names import fold
 from sharded_ckpt.checkpoint.garbage import paused_collection
+from sharded_ckpt.loading.plan import LoadPlan
 from sharded_ckpt.model import create_local_shard_
-from sharded_ckpt.plan import LoadPlan
 
 _PLAIN_FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 

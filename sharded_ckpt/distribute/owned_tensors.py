@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchers.errors import ConfigError
-from sharded_ckpt.distribution import Slot, global_names
+from sharded_ckpt.distribute.distribution import Slot, global_names
 from sharded_ckpt.ties import ties_of
 
 

@@ -70,7 +70,8 @@ def load_and_shard_model(
         strict: Whether tensors that the model does not want are an error. Missing ones always are.
         materialize: Copy everything into memory, instead of mapping the files: for training, for network file
             systems, and where others may change the files in place.
-        route: `"direct"` or `"converted"` (through transformers' own loader), see `sharded_ckpt.filling`.
+        route: `"direct"` or `"converted"` (through transformers' own loader); see
+            `sharded_ckpt.loading.filling`.
         attn_implementation: As in `from_pretrained`.
         trust_remote_code: Whether code in the checkpoint may be run.
         revision: Of a hub id.
@@ -104,7 +105,7 @@ def load_and_shard_model(
         "local_files_only": local_files_only,
     }
     hint = _read_ahead(checkpoint_path, owned_block_indexes, where)
-    from sharded_ckpt.loader import LoadOptions, open_loader
+    from sharded_ckpt.loading.loader import LoadOptions, open_loader
     from sharded_ckpt.runtime import as_runtime
 
     options = LoadOptions(
@@ -180,7 +181,7 @@ def load_sharded_state_dict(
     """
     if isinstance(keys_to_load, str):
         raise TypeError(f"keys_to_load is an iterable of keys, not one string: pass [{keys_to_load!r}]")
-    from sharded_ckpt.pickled import open_reader
+    from sharded_ckpt.loading.pickled import open_reader
 
     where = {
         "revision": revision,

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from patchers.deci_x import BlockConfigs
     from patchers.dialects import Dialect
     from sharded_ckpt.runtime import Runtime
-    from sharded_ckpt.saved_tensors import SavedTensors
-    from sharded_ckpt.shared_tensors import Division, Shares
+    from sharded_ckpt.saving.saved_tensors import SavedTensors
+    from sharded_ckpt.saving.shared_tensors import Division, Shares
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def save_sharded_model(
         ['model-00001-of-00001.safetensors', 'model.safetensors.index.json']
     """
     from sharded_ckpt.runtime import as_runtime
-    from sharded_ckpt.saved_tensors import SavedTensors, in_files
+    from sharded_ckpt.saving.saved_tensors import SavedTensors, in_files
 
     control = as_runtime(runtime).control
     with together(control, f"preparing to save {out_path}"):
@@ -157,9 +157,9 @@ def save_sharded_checkpoint(
         ...     [name for name in sorted(os.listdir(f"{folder}/ckpt")) if name.endswith("config.json")]
         ['config.json', 'generation_config.json']
     """
-    from sharded_ckpt.checkpoint_files import CheckpointFiles, Request
     from sharded_ckpt.runtime import as_runtime
-    from sharded_ckpt.saved_tensors import SavedTensors, in_files
+    from sharded_ckpt.saving.checkpoint_files import CheckpointFiles, Request
+    from sharded_ckpt.saving.saved_tensors import SavedTensors, in_files
 
     control = as_runtime(runtime).control
     with together(control, f"preparing to save to {checkpoint_dir}"):
@@ -215,7 +215,7 @@ def _directory(checkpoint_dir: Any) -> Path:
 
 def _divide(mine: SavedTensors, control: Coordinator, where: object) -> tuple[Shares, Division]:
     """Agree with the other ranks on who writes what."""
-    from sharded_ckpt.shared_tensors import Share, Shares
+    from sharded_ckpt.saving.shared_tensors import Share, Shares
 
     said = control.gather(mine.share.to_plain(), f"comparing what the ranks save to {where}")
     with together(control, f"dividing what is saved to {where}"):
