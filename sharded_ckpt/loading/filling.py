@@ -93,7 +93,7 @@ def fill_converted(
     config: PreTrainedConfig,
     block_configs: BlockConfigs | None,
     owned: set[int],
-    state: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
     options: dict[str, Any],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Let transformers' own loader build and fill the shard.

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from sharded_ckpt.loading.filling import (
     fill_converted,
     fill_directly,
 )
+from sharded_ckpt.loading.on_demand import MOST, OnDemand
 from sharded_ckpt.loading.pickled import PickledReader, open_reader
 from sharded_ckpt.loading.plan import LoadPlan, ModelNames, keys_that_may_feed, plan_load
 from sharded_ckpt.loading.report import LoadReport
@@ -265,7 +267,7 @@ class ShardLoader:
         )
 
     def _fill_converted(self) -> PreTrainedModel:
-        tensors = self._read(None)
+        tensors = self._on_demand() or self._read(None)
         state = {name: tensors[key] for name, key in self.plan.sources.items()}
         options: dict[str, Any] = {"dtype": self.dtype}
         if self.device.type != "cpu":
@@ -279,6 +281,14 @@ class ShardLoader:
         if spare and self.options.strict:
             raise CheckpointError(_unexpected_text(spare, self.index.location))
         return model
+
+    def _on_demand(self) -> Mapping[str, Any] | None:
+        """Return the tensors unread, if they are to be mapped; what is fused then takes no memory twice."""
+        mapped = self.device.type == "cpu" and not self.options.materialize
+        if not mapped or isinstance(self.reader, PickledReader) or len(self.keys) > MOST:
+            return None
+        lock = threading.Lock()
+        return {key: OnDemand(self.reader, key, self.entries[key], lock) for key in self.keys}
 
     def _is_mine(self, key: str) -> bool:
         """Whether a key must belong to this shard, for all that its name tells."""
