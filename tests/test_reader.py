@@ -490,9 +490,7 @@ class TestPrefetch:
     def test_brings_the_wanted_bytes_into_the_page_cache_and_no_others(self, large: Path) -> None:
         file = large / "model-00002-of-00002.safetensors"
         reader = open_checkpoint(large, list)
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_from_memory(file)
         keys = [f"b.{i}" for i in range(8)]
         entries = reader.headers(keys).values()
         started = time.perf_counter()
@@ -507,8 +505,7 @@ class TestPrefetch:
     def test_goes_with_a_read_of_what_is_mapped(self, large: Path, read_ahead: bool) -> None:
         file = large / "model-00002-of-00002.safetensors"
         reader = open_checkpoint(large, list)
-        with open(file, "rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_from_memory(file)
         tensors = reader.read(read_ahead=read_ahead)
         deadline = time.monotonic() + 5
         while read_ahead and not all(pages_in_memory(file)) and time.monotonic() < deadline:
@@ -523,6 +520,12 @@ class TestPrefetch:
         ahead.wait()
         gc.collect()
         assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def drop_from_memory(file: Path) -> None:
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def pages_in_memory(file: Path) -> list[bool]:

@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 _MAX_OPEN_SHARDS = 128
 """Of the 1024 files that a process may have open; others are opened again when they are needed."""
 
-_ATTEMPTS = 20
+_ATTEMPTS = 100
+"""A saver that does nothing but save can win many times in a row."""
 
 _PLACE = itemgetter(2, 3)
 """Begin and end of an entry: an empty tensor stands before the one that begins where it is."""
