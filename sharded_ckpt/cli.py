@@ -45,9 +45,7 @@ class Command:
 
 
 COMMANDS = (
-    Command(
-        "demo", "load a real model and a heterogeneous variant of it over ranks", "sharded_ckpt.demo.command"
-    ),
+    Command("demo", "load, shrink, save and reload a real model over ranks", "sharded_ckpt.demo.command"),
 )
 
 

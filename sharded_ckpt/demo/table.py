@@ -8,7 +8,8 @@ from pathlib import Path
 
 from patchers.names import fold, fold_indices
 
-from .results import DemoResult, ModelResult, ShardResult
+from .pruning import Pruning
+from .results import DemoResult, ModelResult, ShardResult, StepResult
 from .variant import Dropped
 
 _WIDTH = 100
@@ -16,19 +17,23 @@ _SHARDS = (
     "model",
     "rank",
     "blocks",
-    "no attention",
+    "no attn",
     "no FFN",
+    "half FFN",
     "bytes",
     "load",
     "peak, load",
     "peak, run",
     "bit-equal",
 )
-_RIGHT = frozenset({"bytes", "load", "peak, load", "peak, run", "loss"})
+_STEPS = ("child", "ranks", "bytes", "time", "bit-equal")
+_RIGHT = frozenset({"bytes", "load", "ranks", "time", "peak, load", "peak, run", "loss"})
 _LEGEND = """\
 load       until the shard is ready, after all imports; its files are mapped, not copied
 peak       memory over the state before the load: by the load, and by the run, which touches the weights
-bit-equal  tensors on this rank with the very bits that safetensors' own reader reads from the files
+bit-equal  tensors with the very bits that safetensors' own reader reads from the files; after a reload,
+           from those of the child before it was saved
+time       until the files are written (the disk is not waited for), or the slowest rank is ready
 loss       nats a token on a paragraph; this and the sentence are computed across the ranks"""
 
 
@@ -42,6 +47,7 @@ def render(result: DemoResult) -> str:
         _title(result),
         _table(_SHARDS, [row for model in result.models for row in _shard_rows(model)]),
         _table(("model", "loss", "sentence"), [_model_row(model, result.prompt) for model in result.models]),
+        _table(_STEPS, [_step_row(result, step) for step in result.steps]),
         _LEGEND,
         _verdict(result),
         f"{result.seconds:.1f} s in all; after {result.start_seconds:.1f} s of them, all ranks had started.",
@@ -52,13 +58,16 @@ def render(result: DemoResult) -> str:
 def _title(result: DemoResult) -> str:
     parent, *variants = result.models
     ranks = len(parent.shards)
-    gone = [Dropped(model.without_attention, model.without_ffn) for model in variants]
     lines = [
-        f"parent   {Path(parent.folder).name}, {parent.num_blocks} blocks",
-        *(f"{model.name:<8} without {dropped}" for model, dropped in zip(variants, gone, strict=True)),
+        f"parent   {Path(parent.folder or '').name}, {parent.num_blocks} blocks",
+        *(f"{model.name:<8} {_pruning(model)}" for model in variants),
         f"ranks    {ranks}, on the CPU of this machine",
     ]
     return "\n".join(lines)
+
+
+def _pruning(model: ModelResult) -> Pruning:
+    return Pruning(Dropped(model.without_attention, model.without_ffn), model.half_ffn)
 
 
 def _shard_rows(model: ModelResult) -> Iterable[Sequence[str]]:
@@ -69,6 +78,7 @@ def _shard_rows(model: ModelResult) -> Iterable[Sequence[str]]:
             _indices(shard.blocks),
             _indices(set(shard.blocks) & set(model.without_attention)),
             _indices(set(shard.blocks) & set(model.without_ffn)),
+            _indices(set(shard.blocks) & set(model.half_ffn)),
             _megabytes(shard.nbytes),
             f"{shard.load_seconds:.2f} s",
             f"+{_megabytes(shard.load_peak_bytes)}",
@@ -81,14 +91,28 @@ def _model_row(model: ModelResult, prompt: str) -> Sequence[str]:
     return model.name, f"{model.loss:.4f}", ascii(prompt + model.completion)
 
 
+def _step_row(result: DemoResult, step: StepResult) -> Sequence[str]:
+    equality = "-" if step.equal is None else f"{step.equal} of {result.models[-1].tensors}"
+    return step.action, str(step.ranks), _megabytes(step.nbytes), f"{step.seconds:.2f} s", equality
+
+
 def _verdict(result: DemoResult) -> str:
     if result.is_exact:
-        return "Every owned tensor on every rank equals its file, bit for bit."
+        return (
+            "Every owned tensor on every rank equals its file, bit for bit, and so does every tensor of the\n"
+            "child after it was saved and reloaded."
+        )
     lines = [
         f"  {model.name}, rank {shard.rank}: {fold(shard.differing)}"
         for model in result.models
         for shard in model.shards
         if shard.differing
+    ]
+    lines += [
+        f"  child, {step.action}, {step.ranks} rank{'s' if step.ranks > 1 else ''}: "
+        f"{fold(step.differing) if step.differing else 'not as many tensors as the child has'}"
+        for step in result.steps
+        if not result.is_whole(step)
     ]
     return "\n".join(["THESE TENSORS DIFFER FROM THEIR FILES:", *lines])
 

@@ -1,5 +1,6 @@
 """What each rank of the demo does: load its shard of each model, run it, compare it with the files.
 
+The child among them is made, saved and reloaded, too: on one rank more, and on one alone.
 Importing this module imports torch and transformers; the rank's clock starts before that.
 """
 
@@ -8,14 +9,14 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from patchers.descriptor import ModelDescriptor
 from sharded_ckpt.config import load_model_config
@@ -24,9 +25,11 @@ from sharded_ckpt.loading.verbs import load_and_shard_model
 from sharded_ckpt.runtime import Runtime, default_runtime
 
 from .comparison import compare_with_files
+from .job import Job
 from .memory import forget_peak_memory, peak_memory
 from .ranks import Place
-from .results import RankResult, ShardResult
+from .results import RankResult, ShardResult, StepResult
+from .round_trip import make, reload, save
 from .score import complete, loss
 from .stage import Stage
 from .text import PARAGRAPH, PROMPT
@@ -34,23 +37,43 @@ from .text import PARAGRAPH, PROMPT
 _MOST_TOKENS = 24
 
 
-def work(place: Place, folders: Sequence[Path], began: float) -> RankResult:
-    """Load, run and check this rank's shard of each model.
+def work(place: Place, job: Job, began: float) -> RankResult:
+    """Load, run and check this rank's shard of each model, and take the child through the disk.
 
     Args:
-        place: Which rank this is, and where the ranks meet.
-        folders: The checkpoints, of one family and with one tokenizer.
+        place: Which rank this is, and where the ranks meet. The last one joins for the reload only.
+        job: What is to be done; the same on all ranks.
         began: When this rank began, by `time.perf_counter`.
     """
-    _share_cores(place.world_size)
-    descriptor = ModelDescriptor.from_config(load_model_config(folders[0]))  # imports the family's modules
-    tokenizer = AutoTokenizer.from_pretrained(folders[0])
+    members = range(place.world_size - 1)
+    _share_cores(len(members))
+    descriptor = ModelDescriptor.from_config(load_model_config(job.parent))  # imports the family's modules
+    tokenizer = AutoTokenizer.from_pretrained(job.parent)
+    shards: list[ShardResult] = []
+    steps: list[StepResult] = []
     with _process_group(place):
-        runtime = default_runtime(device="cpu", timeout=place.timeout)
-        runtime.control.gather(None, "meeting after the imports")
+        everyone = default_runtime(device="cpu", timeout=place.timeout)
+        group = dist.new_group(list(members))
+        everyone.control.gather(None, "meeting after the imports")
         start_seconds = time.perf_counter() - began
-        shards = [_examine(folder, descriptor, tokenizer, runtime) for folder in folders]
-    return RankResult(start_seconds, tuple(shards))
+        if place.rank in members:
+            runtime = default_runtime(device="cpu", process_group=group, timeout=place.timeout)
+            shards, steps = _models(job, descriptor, tokenizer, runtime)
+        everyone.control.gather(None, "meeting to reload the child")
+        steps.append(reload(job.saved, job.child, descriptor, everyone))
+        if place.rank == 0:
+            steps.append(reload(job.saved, job.child, descriptor, Runtime(torch.device("cpu"))))
+    return RankResult(start_seconds, tuple(shards), tuple(steps))
+
+
+def _models(
+    job: Job, descriptor: ModelDescriptor, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
+) -> tuple[list[ShardResult], list[StepResult]]:
+    shards = [_examine(folder, descriptor, tokenizer, runtime)[0] for folder in (job.parent, job.variant)]
+    made = make(job.parent, job.pruning, job.child, runtime)
+    result, shard = _examine(job.child, descriptor, tokenizer, runtime)
+    saved = save(shard, job.saved, runtime)
+    return [*shards, result], [made, saved] if runtime.is_main_process else []
 
 
 def _share_cores(world_size: int) -> None:
@@ -92,17 +115,17 @@ def _examine(
     descriptor: ModelDescriptor,
     tokenizer: PreTrainedTokenizerBase,
     runtime: Runtime,
-) -> ShardResult:
+) -> tuple[ShardResult, PreTrainedModel]:
     memory = _Memory()
     began = time.perf_counter()
     shard = load_and_shard_model(descriptor, folder, runtime=runtime, progress=False)
     load_seconds, load_peak = time.perf_counter() - began, memory.peak()
     forget_peak_memory()
     report: LoadReport = shard.load_report  # type: ignore[assignment]
-    found, completion = _run(Stage(shard, report.blocks, runtime.control), tokenizer)
+    found, completion = _run(Stage(shard, report.blocks, runtime), tokenizer)
     run_peak = memory.peak()
     comparison = compare_with_files(shard, folder)
-    return ShardResult(
+    result = ShardResult(
         rank=runtime.global_rank,
         blocks=report.blocks,
         nbytes=report.nbytes,
@@ -114,6 +137,7 @@ def _examine(
         loss=found,
         completion=completion,
     )
+    return result, shard
 
 
 def _run(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> tuple[float | None, str]:
