@@ -121,9 +121,7 @@ def test_the_child_comes_back_from_disk_on_more_ranks_and_on_one(offline: Outcom
     assert saved["nbytes"] == made["nbytes"]
     buffers = 2 * 16 * 4  # of each rank in memory: the frequencies of the rotary embedding, twice
     assert on_one["nbytes"] == saved["nbytes"] + buffers
-    assert (
-        on_three["nbytes"] == saved["nbytes"] + 2 * embedding + 3 * buffers
-    )  # the tied head is apart
+    assert on_three["nbytes"] == saved["nbytes"] + 2 * embedding + 3 * buffers  # the tied head is apart
     assert all(step["seconds"] > 0 for step in result["steps"])
 
 
