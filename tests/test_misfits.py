@@ -220,6 +220,13 @@ def test_stale_single_file_beside_an_index_is_refused_not_preferred(folder: Path
     refused(CheckpointError, folder, "model.safetensors", "model.safetensors.index.json")
 
 
+def test_directory_in_which_a_save_was_cut_off_is_refused_with_the_way_out(folder: Path) -> None:
+    (folder.parent / f".{folder.name}.saving").mkdir()
+    (folder.parent / f".{folder.name}.saving" / "commit.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"a save was cut off while it changed names.*recover"):
+        load_and_shard_model("auto", folder)
+
+
 def test_pickled_weights_are_refused_with_a_hint(folder: Path) -> None:
     for file in folder.glob("model*"):
         file.unlink()

@@ -146,9 +146,10 @@ class CheckpointReader:
             dtype: As for `read`.
 
         Example:
-            >>> fused = torch.empty(len(experts), *shape)  # doctest: +SKIP
-            >>> for key, tensor in reader.iter_tensors(experts):  # doctest: +SKIP
-            ...     fused[experts.index(key)] = tensor
+            >>> reader = open_checkpoint(checkpoint)  # the path of a checkpoint
+            >>> for key, tensor in reader.iter_tensors(["model.norm.weight"]):
+            ...     print(key, tuple(tensor.shape))
+            model.norm.weight (64,)
         """
         from sharded_ckpt.checkpoint.transfer import iter_tensors
 

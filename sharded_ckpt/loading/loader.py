@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from patchers.names import block_of, fold
 from patchers.substitutes import Unowned
 from sharded_ckpt.checkpoint.reader import CheckpointReader
 from sharded_ckpt.checkpoint.tensors import dtype_of
+from sharded_ckpt.checkpoint.workspace import unfinished
 from sharded_ckpt.config import load_model_config
 from sharded_ckpt.loading.filling import (
     cast_rule,
@@ -44,6 +46,7 @@ from sharded_ckpt.runtime import Runtime
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
+_SETTLED_WITHIN = 2.0  # seconds; names change within milliseconds
 
 
 @dataclass(frozen=True)
@@ -71,17 +74,37 @@ def open_loader(
     """Open a checkpoint and prepare a load; again, if a save replaces the checkpoint meanwhile."""
     for _ in range(_ATTEMPTS):
         reader = open_reader(location, **where)
+        folder = Path(reader.source.location)
+        _refuse_half_saved(folder)
         loader = ShardLoader(reader, options, runtime)
         try:
             loader.prepare()
-            return loader
+            if unfinished(folder) is None:
+                return loader
         except CheckpointError:
             if not reader.source.changed():
                 raise
-            logger.info("%s was replaced while it was opened; opening it again", location)
+        logger.info("%s was replaced while it was opened; opening it again", location)
     raise CheckpointError(
         f"{location} is replaced faster than it can be opened; wait until its writer is done"
     )
+
+
+def _refuse_half_saved(folder: Path) -> None:
+    """Wait for a save that is changing names in a directory: the config may be its own, the weights not yet.
+
+    Raises:
+        CheckpointError: That save does not end; it was cut off.
+    """
+    limit = time.monotonic() + _SETTLED_WITHIN
+    while (workspace := unfinished(folder)) is not None:
+        if time.monotonic() > limit:
+            raise CheckpointError(
+                f"{folder}: a save was cut off while it changed names here ({workspace}): the config may be "
+                "of one save and the weights of another. Save again, or finish that one with "
+                "sharded_ckpt.checkpoint.publish.recover(directory)"
+            )
+        time.sleep(0.05)
 
 
 @dataclass
