@@ -46,7 +46,7 @@ def work(place: Place, job: Job, began: float) -> RankResult:
         began: When this rank began, by `time.perf_counter`.
     """
     members = range(place.world_size - 1)
-    _share_cores(len(members))
+    _share_cores(place.world_size)
     descriptor = ModelDescriptor.from_config(load_model_config(job.parent))  # imports the family's modules
     tokenizer = AutoTokenizer.from_pretrained(job.parent)
     shards: list[ShardResult] = []
