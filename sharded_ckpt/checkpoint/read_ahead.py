@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from sharded_ckpt.checkpoint.ranges import Range, cut
 
-
 _SAMPLE_BYTES = 512 * 2**10
+_PAGE = 4096
 
 
 class ReadAhead:
@@ -87,9 +87,13 @@ class ReadAhead:
 
 
 def _is_cached(fd: int, piece: Range) -> bool:
-    """Guess from a few of its bytes whether a piece is in the page cache already."""
+    """Guess from some of its bytes whether a piece is in the page cache already.
+
+    Asking for a byte without waiting starts to read its page, and now and then the disk wins: so ask for many.
+    """
+    begin, end = piece
     byte = [bytearray(1)]
-    places = (*range(piece[0], piece[1], _SAMPLE_BYTES), piece[1] - 1)
+    places = (*range(begin, end, max(_PAGE, min(_SAMPLE_BYTES, (end - begin) // 8))), end - 1)
     try:
         return all(os.preadv(fd, byte, place, os.RWF_NOWAIT) for place in places)
     except (OSError, AttributeError):  # not in the cache, or the system cannot tell
