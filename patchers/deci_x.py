@@ -27,6 +27,7 @@ from patchers.measure import built_block
 from patchers.substitutes import LinearAttention, LinearFFN, NoAttention, NoFFN, NoNorm
 
 _INDEX_ARGUMENTS = ("layer_idx", "layer_id", "idx", "layer_number", "layer_index", "i")
+_NO_INDEX = object()
 BlockConfigs = Sequence[BlockConfig | Mapping[str, Any]] | Mapping[Any, Any]
 """One entry a block, a `BlockConfig` or a dict in any dialect; or the sparse mapping of per_layer_config."""
 
@@ -126,13 +127,13 @@ class _Patcher:
             raise FamilyError(
                 f"{type(layer).__name__} is not built from a config, so its blocks cannot be changed"
             )
-        base, blocks = self._read(config)
-        if (
-            blocks is None or id(layer) in self._building
-        ):  # a layer class that calls another patched one is built once
+        index = _layer_index(call)
+        base, blocks = self._read(config, index)
+        # a layer class that calls another patched one is built once
+        if blocks is None or id(layer) in self._building:
             true_init(layer, *args, **kwargs)
             return
-        index = _layer_index(call, layer, len(blocks))
+        _check_index(index, layer, len(blocks))
         self._refuse_unsupported(blocks[index], index)
         call.arguments[config_name] = layer_config(config, _overrides(config, base, blocks[index], index))
         self._building.add(id(layer))
@@ -143,17 +144,14 @@ class _Patcher:
         _verify(layer, blocks[index], base, index)
         _substitute(layer, self.descriptor, blocks[index], config.hidden_size, index)
 
-    def _read(self, config: PreTrainedConfig) -> tuple[dict[str, Any], list[BlockConfig] | None]:
-        """Return the config as a mapping and its blocks; once a model, not once a layer."""
-        said = (
-            vars(config).get("block_configs"),
-            vars(config).get("_heterogeneity_spec"),
-            config.num_hidden_layers,
-        )
+    def _read(self, config: PreTrainedConfig, index: Any) -> tuple[dict[str, Any], list[BlockConfig] | None]:
+        """Return the config as a mapping and its blocks; read once a model, not once a layer."""
         known = self._known
-        if known is None or known[0] is not config or known[1] != said:
+        is_next = known is not None and known[0] is config and isinstance(index, int) and index > known[1]
+        if known is None or not is_next:  # another model begins, and the config may have been changed
             base = config.to_dict()
-            known = self._known = (config, said, base, _parsed(base, self.asked))
+            known = (config, index, base, _parsed(base, self.asked))
+        self._known = (config, index, known[2], known[3])
         return known[2], known[3]
 
     def _refuse_unsupported(self, block: BlockConfig, index: int) -> None:
@@ -189,18 +187,19 @@ def _config_argument(call: inspect.BoundArguments) -> tuple[str, PreTrainedConfi
     return "", None
 
 
-def _layer_index(call: inspect.BoundArguments, layer: nn.Module, count: int) -> int:
-    name = next((name for name in _INDEX_ARGUMENTS if name in call.arguments), None)
-    if name is None:
+def _layer_index(call: inspect.BoundArguments) -> Any:
+    return next((call.arguments[name] for name in _INDEX_ARGUMENTS if name in call.arguments), _NO_INDEX)
+
+
+def _check_index(index: Any, layer: nn.Module, count: int) -> None:
+    if index is _NO_INDEX:
         raise FamilyError(
             f"{type(layer).__name__} is not told its layer index, so its blocks cannot be changed"
         )
-    index = call.arguments[name]
     if not isinstance(index, int) or not 0 <= index < count:
         raise BlockConfigError(
-            f"{type(layer).__name__} was built with {name}={index!r}; there are {count} block configs"
+            f"{type(layer).__name__} was built with layer index {index!r}; there are {count} block configs"
         )
-    return index
 
 
 def _overrides(

@@ -215,6 +215,15 @@ def test_config_is_not_changed() -> None:
     }
 
 
+def test_config_that_is_changed_between_two_models_is_read_again() -> None:
+    config = tiny_config(layers=2)
+    config.block_configs = [{"ffn": {"intermediate_size": 16}}] * 2
+    with deci_x_patcher("llama"), torch.device("meta"):
+        assert LlamaForCausalLM(config).model.layers[1].mlp.up_proj.out_features == 16
+        config.block_configs[1] = {"ffn": {"intermediate_size": 24}}
+        assert LlamaForCausalLM(config).model.layers[1].mlp.up_proj.out_features == 24
+
+
 @pytest.mark.parametrize("count", [4, 7])
 def test_wrong_number_of_block_configs_names_both_numbers(count: int) -> None:
     with pytest.raises(BlockConfigError, match=rf"{count}.*6"):
@@ -225,7 +234,7 @@ def test_wrong_number_of_block_configs_names_both_numbers(count: int) -> None:
 def test_layer_index_out_of_range_is_refused(index: Any) -> None:
     with (
         deci_x_patcher("llama", KINDS),
-        pytest.raises(BlockConfigError, match=re.escape(f"layer_idx={index!r}; there are 6")),
+        pytest.raises(BlockConfigError, match=re.escape(f"layer index {index!r}; there are 6")),
     ):
         LlamaDecoderLayer(tiny_config(layers=6), index)
 
