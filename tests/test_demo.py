@@ -28,7 +28,6 @@ from sharded_ckpt.children import init_child_from_parent
 from sharded_ckpt.cli import main
 from sharded_ckpt.demo import PARAGRAPH, PROMPT, WeightsUnavailableError, smollm2_folder, tiny_folder
 from sharded_ckpt.demo.comparison import compare_with_files, same_bits
-from sharded_ckpt.demo.memory import forget_peak_memory, peak_memory
 from sharded_ckpt.demo.pruning import Pruning
 from sharded_ckpt.demo.results import DemoResult, ModelResult, ShardResult, StepResult
 from sharded_ckpt.demo.round_trip import make, reload, save
@@ -388,15 +387,25 @@ def test_a_pass_through_other_than_runs_in_order_is_refused(variant: Path, block
 # --- memory and text
 
 
+PEAKS = """
+from sharded_ckpt.demo.memory import forget_peak_memory, peak_memory
+forget_peak_memory()
+before = peak_memory()
+block = bytearray(64 << 20)
+print(peak_memory() - before)
+del block
+forget_peak_memory()
+print(peak_memory() - before)
+"""
+
+
 def test_peak_memory_follows_what_is_touched_and_can_be_forgotten() -> None:
-    forget_peak_memory()
-    before = peak_memory()
-    block = bytearray(64 << 20)
-    assert peak_memory() - before > 60 << 20
-    del block
+    # in a process of its own: this one is large, and the kernel takes back what it has not used for long
+    output = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True).stdout
+    touched, forgotten = map(int, output.split())
+    assert touched > 60 << 20
     if sys.platform == "linux":
-        forget_peak_memory()
-        assert peak_memory() - before < 32 << 20
+        assert forgotten < 32 << 20
 
 
 SHARD = ShardResult(0, (0, 1), 162_826_240, 0.061, 1_630_208, 121_253_888, 136, (), None, " Paris.")
