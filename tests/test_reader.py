@@ -499,7 +499,8 @@ class TestPrefetch:
         ahead.wait()
         resident = pages_in_memory(file)
         for entry in entries:
-            assert all(resident[entry.begin // 4096 : (entry.end - 1) // 4096])
+            assert part(resident[entry.begin // 4096 : entry.end // 4096]) > 0.95
+        assert part(resident) < 0.9
 
     @pytest.mark.parametrize("read_ahead", [True, False])
     def test_goes_with_a_read_of_what_is_mapped(self, large: Path, read_ahead: bool) -> None:
@@ -508,9 +509,9 @@ class TestPrefetch:
         drop_from_memory(file)
         tensors = reader.read(read_ahead=read_ahead)
         deadline = time.monotonic() + 5
-        while read_ahead and not all(pages_in_memory(file)) and time.monotonic() < deadline:
+        while read_ahead and part(pages_in_memory(file)) < 0.95 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert all(pages_in_memory(file)) == read_ahead
+        assert (part(pages_in_memory(file)) > 0.95) == read_ahead
         assert len(tensors) == 65
 
     def test_can_be_given_up(self, large: Path) -> None:
@@ -529,6 +530,10 @@ def drop_from_memory(file: Path) -> None:
         while any(pages_in_memory(file)) and time.monotonic() < deadline:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def part(pages: list[bool]) -> float:
+    return sum(pages) / len(pages)
 
 
 def pages_in_memory(file: Path) -> list[bool]:

@@ -8,9 +8,6 @@ from collections.abc import Sequence
 
 from sharded_ckpt.checkpoint.ranges import Range, cut
 
-_SAMPLE_BYTES = 512 * 2**10
-_PAGE = 4096
-
 
 class ReadAhead:
     """Brings byte ranges of local files into the page cache in the background. A hint: it changes no result.
@@ -18,7 +15,7 @@ class ReadAhead:
     One `MADV_WILLNEED` or `POSIX_FADV_WILLNEED` reads no more than the read-ahead window of the device, often
     128 KiB, however long its range is (`force_page_cache_ra` in the kernel's mm/readahead.c), and many small
     ones wait for the interpreter lock between each other. `sendfile` to the null device reads a long range in
-    one call, without that lock and without a copy.
+    one call, without that lock and without a copy; what is in the cache already passes at 50 GB/s.
 
     Args:
         jobs: File descriptors, which are closed here when all is done, with their ranges.
@@ -32,7 +29,6 @@ class ReadAhead:
         self._limit = _half_of_memory() if limit is None else limit
         self._fds = [fd for fd, _ in jobs]
         pieces = [(fd, piece) for fd, ranges in jobs for piece in cut(ranges, self._STEP)]
-        pieces = [piece for piece in pieces if not _is_cached(*piece)]
         self._pieces = iter(pieces)
         self._lock = threading.Lock()
         self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
@@ -84,20 +80,6 @@ class ReadAhead:
     def _close(self) -> None:
         for fd in (*self._fds, self._null):
             os.close(fd)
-
-
-def _is_cached(fd: int, piece: Range) -> bool:
-    """Guess from some of its bytes whether a piece is in the page cache already.
-
-    Asking for a byte without waiting starts to read its page, and now and then the disk wins: so ask for many.
-    """
-    begin, end = piece
-    byte = [bytearray(1)]
-    places = (*range(begin, end, max(_PAGE, min(_SAMPLE_BYTES, (end - begin) // 8))), end - 1)
-    try:
-        return all(os.preadv(fd, byte, place, os.RWF_NOWAIT) for place in places)
-    except (OSError, AttributeError):  # not in the cache, or the system cannot tell
-        return False
 
 
 def _half_of_memory() -> int:

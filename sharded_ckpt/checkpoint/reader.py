@@ -108,8 +108,8 @@ class CheckpointReader:
                 dtype found and says which one to have.
             materialize: Read into memory of their own, by several threads, instead of mapping.
             ring: Carry the tensors through a ring of buffers on the CPU too, as for other devices.
-            read_ahead: Bring what is mapped into the page cache in the background, unless it is there or
-                `prefetch` was called for it: a hint, which changes no result.
+            read_ahead: Bring what is mapped into the page cache in the background, unless `prefetch` was
+                called for it: a hint, which changes no result.
             progress: Called with the number of bytes done since the last call, possibly by several threads.
 
         Returns:
