@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import sharded_ckpt.checkpoint.transfer
-import sharded_ckpt.loading.loader  # noqa: F401  # part of the imports, not of the load
+import sharded_ckpt.loading.opening  # noqa: F401  # part of the imports, not of the load
 from sharded_ckpt import load_and_shard_model
 
 MB = 1e6

@@ -27,7 +27,7 @@ from transformers.models.llama import modeling_llama as modeling_llama
 from transformers.utils import logging as transformers_logging
 
 import sharded_ckpt.checkpoint.transfer
-import sharded_ckpt.loading.loader  # noqa: F401  # what the verbs import only when they are called
+import sharded_ckpt.loading.opening  # noqa: F401  # what the verbs import only when they are called
 from sharded_ckpt import default_runtime, load_and_shard_model
 
 MB = 1e6

@@ -31,7 +31,7 @@ from transformers.models.llama import modeling_llama as modeling_llama
 from transformers.utils import logging as transformers_logging
 
 import sharded_ckpt.checkpoint.transfer
-import sharded_ckpt.loading.loader  # noqa: F401  # what the verbs import only when they are called
+import sharded_ckpt.loading.opening  # noqa: F401  # what the verbs import only when they are called
 from sharded_ckpt import load_and_shard_model
 from sharded_ckpt.checkpoint.index import CheckpointIndex
 from sharded_ckpt.checkpoint.ranges import coalesce, cut

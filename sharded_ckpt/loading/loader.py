@@ -5,26 +5,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from patchers.deci_x import BlockConfigs
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import CheckpointError, ConfigError
 from patchers.families import PLAIN_FAMILIES
-from patchers.names import block_of, fold
+from patchers.names import block_of
 from patchers.substitutes import Unowned
 from sharded_ckpt.checkpoint.reader import CheckpointReader
 from sharded_ckpt.checkpoint.tensors import dtype_of
-from sharded_ckpt.checkpoint.workspace import unfinished
 from sharded_ckpt.config import load_model_config
 from sharded_ckpt.loading.filling import (
     cast_rule,
@@ -35,8 +31,9 @@ from sharded_ckpt.loading.filling import (
     fill_directly,
 )
 from sharded_ckpt.loading.on_demand import MOST, OnDemand
-from sharded_ckpt.loading.pickled import PickledReader, open_reader
-from sharded_ckpt.loading.plan import LoadPlan, ModelNames, keys_that_may_feed, plan_load
+from sharded_ckpt.loading.options import LoadOptions
+from sharded_ckpt.loading.pickled import PickledReader
+from sharded_ckpt.loading.plan import LoadPlan, ModelNames, keys_that_may_feed, plan_load, unexpected_text
 from sharded_ckpt.loading.report import LoadReport
 from sharded_ckpt.model import build_skeleton, create_local_shard_
 from sharded_ckpt.ownership.model_bytes import model_bytes
@@ -44,67 +41,6 @@ from sharded_ckpt.ownership.plan import check_disjoint_cover, check_ownership, p
 from sharded_ckpt.runtime import Runtime
 
 logger = logging.getLogger(__name__)
-
-_ATTEMPTS = 5
-_SETTLED_WITHIN = 2.0  # seconds; names change within milliseconds
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How a shard is to be loaded. See `sharded_ckpt.load_and_shard_model`."""
-
-    descriptor: ModelDescriptor | str = "auto"
-    owned: Iterable[int] | str = "auto"
-    config: PreTrainedConfig | None = None
-    block_configs: BlockConfigs | None = None
-    dtype: torch.dtype | str | None = None
-    device: torch.device | str | None = None
-    strict: bool = True
-    materialize: bool = False
-    route: str = "auto"
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    revision: str | None = None
-    is_read_ahead: bool = False
-
-
-def open_loader(
-    location: str | os.PathLike[str], where: Mapping[str, Any], options: LoadOptions, runtime: Runtime
-) -> ShardLoader:
-    """Open a checkpoint and prepare a load; again, if a save replaces the checkpoint meanwhile."""
-    for _ in range(_ATTEMPTS):
-        reader = open_reader(location, **where)
-        folder = Path(reader.source.location)
-        _refuse_half_saved(folder)
-        loader = ShardLoader(reader, options, runtime)
-        try:
-            loader.prepare()
-            if unfinished(folder) is None:
-                return loader
-        except CheckpointError:
-            if not reader.source.changed():
-                raise
-        logger.info("%s was replaced while it was opened; opening it again", location)
-    raise CheckpointError(
-        f"{location} is replaced faster than it can be opened; wait until its writer is done"
-    )
-
-
-def _refuse_half_saved(folder: Path) -> None:
-    """Wait for a save that is changing names in a directory: the config may be its own, the weights not yet.
-
-    Raises:
-        CheckpointError: That save does not end; it was cut off.
-    """
-    limit = time.monotonic() + _SETTLED_WITHIN
-    while (workspace := unfinished(folder)) is not None:
-        if time.monotonic() > limit:
-            raise CheckpointError(
-                f"{folder}: a save was cut off while it changed names here ({workspace}): the config may be "
-                "of one save and the weights of another. Save again, or finish that one with "
-                "sharded_ckpt.checkpoint.publish.recover(directory)"
-            )
-        time.sleep(0.05)
 
 
 @dataclass
@@ -271,7 +207,7 @@ class ShardLoader:
         )
         plan = plan_load(names, self.index.keys(), self.index.location)
         if plan.unexpected and self.options.strict:
-            raise CheckpointError(_unexpected_text(plan.unexpected, self.index.location))
+            raise CheckpointError(unexpected_text(plan.unexpected, self.index.location))
         return plan
 
     def _found_dtype(self, key: str) -> torch.dtype:
@@ -302,7 +238,7 @@ class ShardLoader:
         )
         spare = tuple(sorted(key for key in info["unexpected_keys"] if self._is_mine(key)))
         if spare and self.options.strict:
-            raise CheckpointError(_unexpected_text(spare, self.index.location))
+            raise CheckpointError(unexpected_text(spare, self.index.location))
         return model
 
     def _on_demand(self) -> Mapping[str, Any] | None:
@@ -366,11 +302,3 @@ class ShardLoader:
 def _ignorable(model: PreTrainedModel) -> str:
     patterns = set(model._keys_to_ignore_on_load_unexpected or ()) | {r"rotary_emb\.inv_freq$"}
     return "|".join(f"(?:{pattern})" for pattern in sorted(patterns))
-
-
-def _unexpected_text(keys: Sequence[str], location: str) -> str:
-    return (
-        f"{location} has {len(keys)} tensors that the model does not want: {fold(keys)}. If the config "
-        "removes their blocks on purpose, pass strict=False; else the config may describe another model "
-        "than the files"
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from patchers.errors import CheckpointError, MissingKeysError
@@ -95,6 +95,15 @@ def keys_that_may_feed(keys: Iterable[str], owned: Collection[int], unowned: Col
         for key in keys
         if (not key.startswith(elsewhere) if block_of(key) is None else block_of(key) in owned)
     ]
+
+
+def unexpected_text(keys: Sequence[str], location: str) -> str:
+    """Say which keys nothing wants, and what to do."""
+    return (
+        f"{location} has {len(keys)} tensors that the model does not want: {fold(keys)}. If the config "
+        "removes their blocks on purpose, pass strict=False; else the config may describe another model "
+        "than the files"
+    )
 
 
 def _match(names: ModelNames, keys: Iterable[str], location: str) -> tuple[dict[str, str], list[str]]:

@@ -105,7 +105,8 @@ def load_and_shard_model(
         "local_files_only": local_files_only,
     }
     hint = _read_ahead(checkpoint_path, owned_block_indexes, where)
-    from sharded_ckpt.loading.loader import LoadOptions, open_loader
+    from sharded_ckpt.loading.opening import open_loader
+    from sharded_ckpt.loading.options import LoadOptions
     from sharded_ckpt.runtime import as_runtime
 
     options = LoadOptions(
