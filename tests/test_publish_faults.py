@@ -313,7 +313,7 @@ def test_a_saver_may_be_killed_before_any_operation(tmp_path: Path, mode: str) -
 @pytest.mark.parametrize("mode", ["exchange", "name by name"])
 def test_a_saver_may_be_killed_at_any_moment(tmp_path: Path, mode: str) -> None:
     counts = run_apart(killing.die_at_random_moments, str(tmp_path), mode, 60, 1)
-    assert counts["died"] == 60
+    assert counts["died"] >= 60
     assert counts["old"] > 10
     assert counts["new"] > 0
 

@@ -78,7 +78,8 @@ def test_example_for_torchrun_runs_under_torchrun(tmp_path: Path) -> None:
     output = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=environment, check=True
     ).stdout
-    assert sorted(output.splitlines()) == ["0 (0, 1)", "1 (2, 3)"]
+    for line in ("rank 0 owns (0, 1)", "rank 1 owns (2, 3)"):  # their newlines may meet
+        assert line in output
 
 
 def test_files_that_it_names_exist() -> None:

@@ -67,16 +67,18 @@ def die_at_every_operation(parent: str, mode: str) -> dict[str, int]:
 
 
 def die_at_random_moments(parent: str, mode: str, times: int, seed: int) -> dict[str, int]:
-    """Kill a saver after random times, with everything on the disk as usual."""
+    """Kill a saver at random moments, so often, and until one died after its commit too."""
     directory, counts, dice = Path(parent) / "ckpt", {"died": 0, "old": 0, "new": 0}, random.Random(seed)
     storage = NoExchange() if mode == "name by name" else LocalStorage()
     began = time.monotonic()
     for version in (1, 2, 3):
         save_version(directory, version, storage=storage)
-    usual, old, new = (time.monotonic() - began) / 3, 3, 4
-    while counts["died"] < times:
+    latest, old, new = 1.5 * (time.monotonic() - began) / 3, 3, 4
+    while counts["died"] < times or not counts["new"]:
+        if counts["died"] >= times:  # the machine has become slower than it was when the usual time was taken
+            latest *= 1.2
         pid = fork(lambda n=new: save_version(directory, n, storage=storage))
-        killed = kill_after(pid, dice.uniform(0, 1.5 * usual))
+        killed = kill_after(pid, dice.uniform(0, latest))
         found = recovered_version(directory)
         assert found in ((old, new) if killed else (new,))
         if killed:
