@@ -85,7 +85,7 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(native, dtype=dtype)
     parameters = dict(model.named_parameters())
-    drawn = _draw({name: tuple(p.shape) for name, p in parameters.items()}, dtype, seed)
+    drawn = draw({name: tuple(p.shape) for name, p in parameters.items()}, dtype, seed)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(drawn[name])
@@ -164,7 +164,7 @@ def heterogeneous_checkpoint(
         _write_json(folder / "config.json", say(base, blocks))
         generation = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
         _write_json(folder / "generation_config.json", generation)
-        write_shards(folder, _draw(block_shapes(base, blocks), dtype, seed), shards)
+        write_shards(folder, draw(block_shapes(base, blocks), dtype, seed), shards)
 
     return _once(tmp, write, family, blocks, dialect, tied, dtype, shards, seed, sorted(config.items()))
 
@@ -214,7 +214,7 @@ def _once(tmp: Path, write: Callable[[Path], None], family: str, *arguments: Any
     return folder
 
 
-def _draw(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+def draw(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     drawn = {}
     for name, shape in shapes.items():
