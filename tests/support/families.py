@@ -12,9 +12,10 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from support.tiny import draw
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
+
+from support.tiny import draw
 
 LAYERS = 4
 _TURNS = ["sliding_attention", "full_attention"] * 2
@@ -248,7 +249,7 @@ sizes."""
 
 
 def family_config(family: str, **changes: Any) -> PreTrainedConfig:
-    """The tiny config of a family; `changes` are fields of the config, or of its text config if it has one."""
+    """The tiny config of a family; `changes` are fields of it, or of its text config if it has one."""
     if family in VISION_FAMILIES:
         return _vision_config(family, changes)
     return _config_class(family)(**_settings(family, {**TEXT_FAMILIES.get(family, {}), **changes}))
