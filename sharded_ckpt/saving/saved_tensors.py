@@ -15,11 +15,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from patchers.errors import ConfigError
 from patchers.families import PLAIN_FAMILIES
 from patchers.substitutes import Unowned
+from sharded_ckpt.checkpoint.coordinator import Coordinator, together
 from sharded_ckpt.checkpoint.raw import bytes_of
 from sharded_ckpt.checkpoint.writer import describe
 from sharded_ckpt.collective.control_group import chunks
 from sharded_ckpt.distribute.distribution import global_names
-from sharded_ckpt.saving.shared_tensors import Share
+from sharded_ckpt.saving.shared_tensors import Division, Share, Shares
 from sharded_ckpt.ties import ties_of
 
 _HASHED_AT_ONCE: Final = 8 << 20  # bytes
@@ -70,9 +71,15 @@ class SavedTensors:
             tensors = _named(_state_of(model), type(model).__name__)
             stubs = tuple(module.name for module in model.modules() if isinstance(module, Unowned))
             told = ties_of(getattr(model, "config", None), type(model), model)
-        ties = told if ties is None else ties
+        return cls.named(tensors, stubs, told if ties is None else ties)
+
+    @classmethod
+    def named(
+        cls, tensors: Mapping[str, Tensor], unowned: tuple[str, ...] | None, ties: Mapping[str, str]
+    ) -> SavedTensors:
+        """Take tensors that have been collected, under the names that they have in the files."""
         alike = tuple(target for target, source in ties.items() if _same(tensors, target, source))
-        return cls(tensors, stubs, ties, alike)
+        return cls(tensors, unowned, ties, alike)
 
     @property
     def share(self) -> Share:
@@ -82,6 +89,27 @@ class SavedTensors:
     def digests(self, names: Collection[str]) -> dict[str, str]:
         """Return what tells the bytes of those of these tensors that this rank has."""
         return {name: digest(self.tensors[name]) for name in names if name in self.tensors}
+
+    def divide(self, control: Coordinator, where: object) -> tuple[Shares, Division]:
+        """Agree with the other ranks on who writes what; collective.
+
+        Args:
+            control: The ranks.
+            where: What is saved to, for errors.
+        """
+        said = control.gather(self.share.to_plain(), f"comparing what the ranks save to {where}")
+        with together(control, f"dividing what is saved to {where}"):
+            shares = Shares([Share.from_plain(share) for share in said])
+            digests = self.digests(shares.uncertain)
+        told = [digests]
+        if shares.uncertain:
+            told = control.gather(digests, f"comparing what several ranks save to {where}")
+        with together(control, f"dividing what is saved to {where}"):
+            return shares, shares.divide(told)
+
+    def written_by(self, rank: int, division: Division) -> dict[str, Tensor]:
+        """Return the tensors that this rank writes."""
+        return {name: tensor for name, tensor in self.tensors.items() if division.writers.get(name) == rank}
 
 
 def in_files(model_shard: Any, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

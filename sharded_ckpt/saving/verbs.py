@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from patchers.errors import ConfigError
 from patchers.names import fold
-from sharded_ckpt.checkpoint.coordinator import Coordinator, together
+from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.checkpoint.publish import transaction
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from patchers.deci_x import BlockConfigs
     from patchers.dialects import Dialect
     from sharded_ckpt.runtime import Runtime
-    from sharded_ckpt.saving.saved_tensors import SavedTensors
-    from sharded_ckpt.saving.shared_tensors import Division, Shares
+    from sharded_ckpt.saving.shared_tensors import Division
 
 logger = logging.getLogger(__name__)
 
@@ -85,12 +84,12 @@ def save_sharded_model(
     with together(control, f"preparing to save {out_path}"):
         directory, stem = _directory_and_stem(out_path)
         mine = SavedTensors.of(model_shard)
-    _, division = _divide(mine, control, out_path)
+    _, division = mine.divide(control, out_path)
     plan = {"stem": stem, "max_shard_size": max_shard_size}
     with transaction(
         directory, control, durable=durable, manifest=manifest, overwrite=overwrite, plan=plan
     ) as save:
-        own = _of_rank(mine, division, control.rank)
+        own = mine.written_by(control.rank, division)
         save.write_tensors(in_files(model_shard, own), stem, max_shard_size=max_shard_size)
     if division.untied and control.rank == 0:
         logger.warning(
@@ -166,7 +165,7 @@ def save_sharded_checkpoint(
         directory = _directory(checkpoint_dir)
         request = Request.of(model_shard, config, block_configs, dialect, source)
         mine = SavedTensors.of(model_shard, request.ties)
-    shares, division = _divide(mine, control, directory)
+    shares, division = mine.divide(control, directory)
     request.agree(control)
     files = None
     with together(control, f"preparing the config of {directory}"):
@@ -176,7 +175,7 @@ def save_sharded_checkpoint(
     with transaction(
         directory, control, durable=durable, manifest=manifest, overwrite=overwrite, plan=plan
     ) as save:
-        own = _of_rank(mine, division, control.rank)
+        own = mine.written_by(control.rank, division)
         save.write_tensors(in_files(model_shard, own), max_shard_size=max_shard_size)
         if files is not None:
             files.write(save)
@@ -211,25 +210,6 @@ def _directory(checkpoint_dir: Any) -> Path:
             "weights alone with save_sharded_model"
         )
     return path
-
-
-def _divide(mine: SavedTensors, control: Coordinator, where: object) -> tuple[Shares, Division]:
-    """Agree with the other ranks on who writes what."""
-    from sharded_ckpt.saving.shared_tensors import Share, Shares
-
-    said = control.gather(mine.share.to_plain(), f"comparing what the ranks save to {where}")
-    with together(control, f"dividing what is saved to {where}"):
-        shares = Shares([Share.from_plain(share) for share in said])
-        digests = mine.digests(shares.uncertain)
-    told = [digests]
-    if shares.uncertain:
-        told = control.gather(digests, f"comparing what several ranks save to {where}")
-    with together(control, f"dividing what is saved to {where}"):
-        return shares, shares.divide(told)
-
-
-def _of_rank(mine: SavedTensors, division: Division, rank: int) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in mine.tensors.items() if division.writers.get(name) == rank}
 
 
 def _untied_text(division: Division) -> str:
