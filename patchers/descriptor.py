@@ -7,7 +7,6 @@ comes from trying it: a removed part is right only where a layer without its par
 
 from __future__ import annotations
 
-import copy
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from patchers.activation import unpatched
 from patchers.errors import ConfigError, FamilyError
 from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
+from patchers.meta import build_on_meta
 from patchers.probe import LayerProbe, SubBlock, probe_layers
 from patchers.versions import warn_if_untested
 
@@ -59,6 +59,13 @@ class ModelDescriptor:
     layer_arity: int
     attention: SubBlock | None
     ffn: SubBlock | None
+
+    def __getattr__(self, name: str) -> Any:
+        # a descriptor of a plain family is made without these: trying them out takes longer than a warm load
+        if name not in ("layer_arity", "attention", "ffn") or self.family not in PLAIN_FAMILIES:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        vars(self).update(_probed_plain(self.family))
+        return vars(self)[name]
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> ModelDescriptor:
@@ -196,38 +203,57 @@ def _name_in(model: nn.Module, wanted: nn.Module | None) -> str:
 
 @functools.cache
 def _derive_plain(family: str) -> ModelDescriptor:
+    """Find the names only; what running the layers tells is found out when somebody asks for it."""
+    descriptor = ModelDescriptor.__new__(ModelDescriptor)
+    vars(descriptor).update(_names(_plain_model(family)))
+    return descriptor
+
+
+@functools.cache
+def _probed_plain(family: str) -> dict[str, Any]:
+    return _probed(_plain_model(family))
+
+
+def _plain_model(family: str) -> PreTrainedModel:
     # one layer speaks for all, and sizes change nothing: this keeps large models cheap to describe
-    return _derive(AutoConfig.for_model(family, num_hidden_layers=1))
+    return _model_on_meta(AutoConfig.for_model(family, num_hidden_layers=1))
 
 
 def _derive(config: PreTrainedConfig) -> ModelDescriptor:
+    model = _model_on_meta(config)
+    return ModelDescriptor(**_names(model), **_probed(model))
+
+
+def _model_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     with unpatched():
-        model = build_on_meta(
-            model_class_of(config), config, torch.bfloat16
-        )  # grouped experts are bf16-only on meta
-        layers, members = find_layers(model)
-        probes = probe_layers(model, members)
+        # grouped experts are bf16-only on meta
+        return build_on_meta(model_class_of(config), config, torch.bfloat16)
+
+
+def _names(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what a descriptor says of names and classes."""
+    layers, members = find_layers(model)
     head = model.get_output_embeddings()
-    return ModelDescriptor(
-        family=config.model_type,
-        model_class=type(model),
-        layers=layers,
-        embedding=_name_in(model, model.get_input_embeddings()),
-        final_norm=_final_norm(model, layers),
-        head=None if head is None else _name_in(model, head),
-        layer_classes=tuple(dict.fromkeys(type(member) for member in members)),
-        layer_arity=_the_one({probe.arity for probe in probes}, config, "return forms of layers"),
-        attention=_sub_block(probes, "attention"),
-        ffn=_sub_block(probes, "ffn"),
-    )
+    return {
+        "family": model.config.model_type,
+        "model_class": type(model),
+        "layers": layers,
+        "embedding": _name_in(model, model.get_input_embeddings()),
+        "final_norm": _final_norm(model, layers),
+        "head": None if head is None else _name_in(model, head),
+        "layer_classes": tuple(dict.fromkeys(type(member) for member in members)),
+    }
 
 
-def build_on_meta(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
-) -> PreTrainedModel:
-    """Build a model without storage; the config that is passed in is not changed."""
-    with torch.device("meta"):
-        return model_class._from_config(copy.deepcopy(config), dtype=dtype).eval()
+def _probed(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what a descriptor says of the layers at work."""
+    with unpatched():
+        probes = probe_layers(model, find_layers(model)[1])
+    return {
+        "layer_arity": _the_one({probe.arity for probe in probes}, model.config, "return forms of layers"),
+        "attention": _sub_block(probes, "attention"),
+        "ffn": _sub_block(probes, "ffn"),
+    }
 
 
 def _final_norm(model: nn.Module, layers: str) -> str | None:

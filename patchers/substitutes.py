@@ -8,7 +8,7 @@ slot: two numbers per token and layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,16 +156,26 @@ class Unowned(nn.Module):
 
 
 class UnownedBlock(Unowned):
-    """The stub of a block: armed, it passes the hidden states on and counts tokens in its cache slot."""
+    """The stub of a block: armed, it passes the hidden states on and counts tokens in its cache slot.
 
-    def __init__(self, original: nn.Module, name: str, layer_idx: int, arity: int) -> None:
+    Args:
+        original: The block on meta.
+        name: Its dotted name.
+        layer_idx: Its true index in the model.
+        arity: What it returns (`returned`), or a function that says so when it is needed.
+    """
+
+    def __init__(
+        self, original: nn.Module, name: str, layer_idx: int, arity: int | Callable[[], int]
+    ) -> None:
         super().__init__(original, name)
         self.layer_idx, self.arity = layer_idx, arity
 
     def pass_on(self, *args: Any, **kwargs: Any) -> Any:
         """Return the hidden states in the layer's own return form."""
         count_tokens(self.layer_idx, args, kwargs)
-        return returned(hidden_states_of(args, kwargs), self.arity)
+        arity = self.arity() if callable(self.arity) else self.arity
+        return returned(hidden_states_of(args, kwargs), arity)
 
 
 class UnownedEmbedding(Unowned):

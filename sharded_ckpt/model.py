@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchers.deci_x import BlockConfigs, as_described
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import PartialModelError
+from patchers.meta import build_on_meta
 from patchers.names import fold
 from patchers.substitutes import Unowned, UnownedBlock, UnownedEmbedding
 from sharded_ckpt.ownership.plan import check_ownership
@@ -92,10 +93,9 @@ def create_local_shard_(
     descriptor = ModelDescriptor.of(descriptor, model.config)
     count = model.config.num_hidden_layers
     owned = check_ownership(owned_block_indexes, count)
+    arity = functools.partial(getattr, descriptor, "layer_arity")  # found out only if a stage asks
     for index in sorted(set(range(count)) - owned):
-        _replace(
-            model, descriptor.block_name(index), UnownedBlock, layer_idx=index, arity=descriptor.layer_arity
-        )
+        _replace(model, descriptor.block_name(index), UnownedBlock, layer_idx=index, arity=arity)
     if 0 not in owned:
         _replace(model, descriptor.embedding, UnownedEmbedding)
     if count - 1 not in owned:
@@ -119,22 +119,8 @@ def build_skeleton(
     options: dict[str, Any] = (
         {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     )
-    with as_described(descriptor, config, block_configs), torch.device("meta"), _NoInitialisation():
-        model = descriptor.model_class._from_config(
-            copy.deepcopy(config), dtype=dtype or config.dtype, **options
-        )
-    return model.eval()
-
-
-class _NoInitialisation(TorchFunctionMode):
-    """Skips `torch.nn.init` and the fills behind it: on meta they only take time."""
-
-    _FILLS = frozenset({torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.fill_, torch.Tensor.zero_})
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__module__", None) == "torch.nn.init" or function in self._FILLS:
-            return (kwargs or {}).get("tensor", args[0] if args else None)
-        return function(*args, **(kwargs or {}))
+    with as_described(descriptor, config, block_configs):
+        return build_on_meta(descriptor.model_class, config, dtype or config.dtype, **options)
 
 
 def _initialise(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

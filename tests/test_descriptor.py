@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
+
 import pytest
 import torch
 from support.tiny import FAMILIES, tiny_config
@@ -13,6 +16,8 @@ from patchers.descriptor import build_on_meta, find_layers
 from patchers.errors import ConfigError, FamilyError
 from patchers.families import PLAIN_FAMILIES
 from patchers.probe import probe_layers
+
+ASKED_LATER = {"layer_arity", "attention", "ffn"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,6 +35,19 @@ def test_llama_shaped_families_are_found_out(family: str) -> None:
     assert descriptor.layer_arity == 0
     assert descriptor.attention == SubBlock("self_attn", 2, ("input_layernorm",), True)
     assert descriptor.ffn == SubBlock("mlp", 0, ("post_attention_layernorm",), True)
+
+
+def test_a_plain_family_is_not_tried_out_before_somebody_asks() -> None:
+    descriptor = ModelDescriptor.from_family("llama")
+    fresh = pickle.loads(pickle.dumps(dataclasses.replace(descriptor)))
+    names = {name: value for name, value in vars(descriptor).items() if name not in ASKED_LATER}
+    unasked = ModelDescriptor.__new__(ModelDescriptor)
+    vars(unasked).update(names)
+    assert not ASKED_LATER & set(vars(pickle.loads(pickle.dumps(unasked))))
+    assert unasked == descriptor == fresh
+    assert set(vars(unasked)) >= ASKED_LATER
+    with pytest.raises(AttributeError, match="no attribute 'atention'"):
+        _ = descriptor.atention
 
 
 def test_every_family_taken_as_plain_is_tested() -> None:

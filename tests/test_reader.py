@@ -514,6 +514,15 @@ class TestPrefetch:
         assert (part(pages_in_memory(file)) > 0.95) == read_ahead
         assert len(tensors) == 65
 
+    def test_starts_nothing_for_what_is_in_the_page_cache_already(self, large: Path) -> None:
+        file = large / "model-00002-of-00002.safetensors"
+        reader = open_checkpoint(large, list)
+        file.read_bytes()
+        keys = [f"b.{i}" for i in range(8)]
+        assert reader.prefetch(keys).pieces == 0
+        drop_from_memory(file)
+        assert open_checkpoint(large, list).prefetch(keys).pieces > 0
+
     def test_can_be_given_up(self, large: Path) -> None:
         before = set(os.listdir("/proc/self/fd"))
         ahead = open_checkpoint(large).prefetch()

@@ -20,6 +20,9 @@ class ReadAhead:
     Args:
         jobs: File descriptors, which are closed here when all is done, with their ranges.
         limit: Bytes after which to stop; half of the memory of the machine if not given.
+
+    Attributes:
+        pieces: How many pieces there are to read: what is in the page cache already is none.
     """
 
     _STEP = 8 * 2**20
@@ -28,11 +31,17 @@ class ReadAhead:
     def __init__(self, jobs: Sequence[tuple[int, Sequence[Range]]], limit: int | None = None) -> None:
         self._limit = _half_of_memory() if limit is None else limit
         self._fds = [fd for fd, _ in jobs]
-        pieces = [(fd, piece) for fd, ranges in jobs for piece in cut(ranges, self._STEP)]
+        pieces = [
+            (fd, piece)
+            for fd, ranges in jobs
+            for piece in cut(ranges, self._STEP)
+            if not _is_cached(fd, piece)
+        ]
+        self.pieces = len(pieces)
         self._pieces = iter(pieces)
         self._lock = threading.Lock()
         self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        self._running = min(self._THREADS, len(pieces))
+        self._running = min(self._THREADS, self.pieces)
         self._threads = [
             threading.Thread(target=self._run, name=f"read-ahead-{number}", daemon=True)
             for number in range(self._running)
@@ -80,6 +89,21 @@ class ReadAhead:
     def _close(self) -> None:
         for fd in (*self._fds, self._null):
             os.close(fd)
+
+
+def _is_cached(fd: int, piece: Range) -> bool:
+    """Whether the first, the middle and the last byte are in the page cache: then the rest mostly is, too.
+
+    Threads that find nothing to read cost more than a warm load itself, so it is worth asking.
+    """
+    begin, end = piece
+    try:
+        return all(
+            os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT)
+            for offset in (begin, (begin + end) // 2, end - 1)
+        )
+    except (OSError, AttributeError):  # not cached, or a system that cannot tell
+        return False
 
 
 def _half_of_memory() -> int:

@@ -1,0 +1,39 @@
+"""Building a model without storage."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def build_on_meta(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str | None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Build a model on the meta device, in eval mode; the config that is passed in is not changed.
+
+    Args:
+        model_class: The native class.
+        config: Of the whole model.
+        dtype: Of its parameters.
+        **options: Those of transformers' `_from_config`, such as `attn_implementation`.
+    """
+    with torch.device("meta"), _NoInitialisation():
+        return model_class._from_config(copy.deepcopy(config), dtype=dtype, **options).eval()
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips `torch.nn.init` and the fills behind it: on meta they only take time."""
+
+    _FILLS = frozenset({torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.fill_, torch.Tensor.zero_})
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init" or function in self._FILLS:
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return function(*args, **(kwargs or {}))
