@@ -19,8 +19,9 @@ from transformers.integrations import heterogeneity
 from patchers.activation import patched_init, unpatched
 from patchers.base_sizes import FieldNames
 from patchers.block_config import BlockConfig
-from patchers.descriptor import ModelDescriptor, SubBlock
+from patchers.descriptor import ModelDescriptor, SubBlock, text_config_of
 from patchers.dialects import Dialect, parse_blocks, read_block_configs
+from patchers.dialects.detection import fields_present
 from patchers.errors import BlockConfigError, FamilyError, PatchError
 from patchers.layer_config import base_config, layer_config
 from patchers.measure import built_block
@@ -90,7 +91,21 @@ def blocks_of(config: PreTrainedConfig, asked: BlockConfigs | None = None) -> li
     Raises:
         BlockConfigError: They are wrong, or not as many as the layers.
     """
-    return _parsed(config.to_dict(), asked)
+    return _parsed(_text_fields(config), asked)
+
+
+def _text_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields that say the decoder layers, with the block configs that an outer config says of them."""
+    text = text_config_of(config)
+    fields = text.to_dict()
+    if text is config or config.is_encoder_decoder:
+        return fields
+    outer = config.to_dict()
+    for name in fields_present(outer):
+        if fields.get(name) not in (None, outer[name]):
+            raise BlockConfigError(f"{name} and text_config.{name} disagree; remove the one that is wrong")
+        fields[name] = outer[name]
+    return fields
 
 
 def _transformers_builds_them() -> bool:

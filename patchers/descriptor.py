@@ -16,7 +16,10 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from patchers.activation import unpatched
 from patchers.errors import ConfigError, FamilyError
@@ -134,26 +137,38 @@ class ModelDescriptor:
         return f"{self.layers}.{index}"
 
 
+def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the part of a config that says the decoder layers: all of it, or the text config in it."""
+    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    return text
+
+
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the native causal language model class of a config.
+    """Return the native generating class of a config, as transformers' Auto classes choose it.
+
+    It is the class that `architectures` names; else that of causal language models, or, where the language
+    model is nested in a larger one, that which takes images and text.
 
     Raises:
-        FamilyError: There is none, or the language model is nested in a larger one.
+        FamilyError: There is none.
     """
-    if config.get_text_config(decoder=True) is not config:
-        raise FamilyError(
-            f"{type(config).__name__} nests its language model in a larger one (vision, audio); only plain "
-            "causal language models are supported so far. Load the text part's own config and weights "
-            "instead."
-        )
-    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) or _remote_class(config)
-    if found is None:
+    plain: tuple[Any, ...] = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    nested = text_config_of(config) is not config and not config.is_encoder_decoder
+    found = [cls for mapping in (plain[::-1] if nested else plain) for cls in _classes_of(mapping, config)]
+    named = [cls for cls in found if cls.__name__ in (config.architectures or ())]
+    remote = _remote_class(config)
+    if not (remote or found):
         raise FamilyError(
             f"transformers has no causal language model for {type(config).__name__} (model_type "
             f"{config.model_type!r})"
         )
-    native: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
+    native: type[PreTrainedModel] = remote or [*named, *found][0]
     return native
+
+
+def _classes_of(mapping: Any, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+    found = mapping.get(type(config), None) or ()
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
 
 def _remote_class(config: PreTrainedConfig) -> Any:
@@ -173,7 +188,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         FamilyError: There is no such list, or more than one.
     """
-    count = model.config.num_hidden_layers
+    count = text_config_of(model.config).num_hidden_layers
     decoder, prefix = model.get_decoder(), ""
     if decoder is not model:
         prefix = _name_in(model, decoder) + "."

@@ -104,11 +104,13 @@ def _forward_on_meta(model: PreTrainedModel) -> None:
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     # a 4-D mask is taken as it is, where computing one would ask meta tensors for values; some want none
     masks = (torch.zeros(1, 1, 2, 2, dtype=torch.bool, device="meta"), None)
+    nested = model.config.get_text_config(decoder=True) is not model.config
+    decoder = model.get_decoder() if nested else model  # only that part is run which has the layers
     failures = []
     for mask in masks:
         try:
             with torch.no_grad():
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
+                decoder(input_ids=ids, attention_mask=mask, use_cache=False)
             return
         except Exception as error:
             failures.append(f"{type(error).__name__}: {error}")

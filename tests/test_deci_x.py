@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.compare import assert_same_tensors
+from support.families import family_config
 from support.tiny import FAMILIES, heterogeneous_checkpoint, tensors_of, tiny_checkpoint, tiny_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
@@ -21,6 +22,7 @@ from transformers.integrations import heterogeneity
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from patchers import AttentionConfig, BlockConfig, FFNConfig, ModelDescriptor, deci_x_patcher
+from patchers.deci_x import as_described, blocks_of
 from patchers.errors import BlockConfigError, FamilyError, PatchError
 from patchers.substitutes import LinearAttention, LinearFFN, NoAttention, NoFFN, NoNorm
 from sharded_ckpt import load_model_config
@@ -382,3 +384,24 @@ def test_plain_config_stays_plain(tmp_path: Path) -> None:
     with deci_x_patcher("llama"):
         inside = AutoModelForCausalLM.from_pretrained(folder)
     assert_same_tensors(inside, AutoModelForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize("where", ["asked", "outer", "text"])
+def test_the_blocks_of_a_vision_language_model_are_those_of_its_language_model(where: str) -> None:
+    config = family_config("gemma3")
+    blocks = [{"ffn": {"intermediate_size": 32}}, {"attention": {"no_op": True}}, {}, {}]
+    if where != "asked":
+        (config if where == "outer" else config.text_config).block_configs = blocks
+    descriptor = ModelDescriptor.from_config(config)
+    with as_described(descriptor, config, blocks if where == "asked" else None), torch.device("meta"):
+        model = descriptor.model_class(config)
+    layers = model.get_submodule(descriptor.layers)
+    assert [layers[index].mlp.up_proj.out_features for index in (0, 2)] == [32, 96]
+    assert isinstance(layers[1].self_attn, NoAttention)
+
+
+def test_blocks_that_a_nested_config_says_twice_must_agree() -> None:
+    config = family_config("gemma3")
+    config.block_configs, config.text_config.block_configs = [{}] * 4, [{"ffn": {"no_op": True}}] * 4
+    with pytest.raises(BlockConfigError, match=r"block_configs and text_config\.block_configs disagree"):
+        blocks_of(config)

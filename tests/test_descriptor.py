@@ -7,12 +7,13 @@ import pickle
 
 import pytest
 import torch
+from support.families import VISION_FAMILIES, family_config
 from support.tiny import FAMILIES, tiny_config
 from torch import nn
 from transformers import CONFIG_MAPPING, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from patchers import ModelDescriptor, SubBlock
-from patchers.descriptor import build_on_meta, find_layers
+from patchers.descriptor import build_on_meta, find_layers, model_class_of
 from patchers.errors import ConfigError, FamilyError
 from patchers.families import PLAIN_FAMILIES
 from patchers.probe import probe_layers
@@ -134,9 +135,29 @@ def test_wrong_descriptor_arguments_say_what_to_pass() -> None:
         ModelDescriptor.of(7)  # type: ignore[arg-type]
 
 
-def test_nested_language_models_are_refused_clearly() -> None:
-    with pytest.raises(FamilyError, match="nests its language model"):
-        ModelDescriptor.from_config(CONFIG_MAPPING["llava"]())
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_the_language_model_inside_a_vision_language_model_is_found(family: str) -> None:
+    config = family_config(family)
+    descriptor = ModelDescriptor.from_config(config)
+    assert descriptor.family == family
+    assert descriptor.model_class.__name__.endswith("ForConditionalGeneration")
+    inside = "language_model.model" if family == "llama4" else "model.language_model"
+    assert (descriptor.layers, descriptor.embedding, descriptor.final_norm) == (
+        f"{inside}.layers",
+        f"{inside}.embed_tokens",
+        f"{inside}.norm",
+    )
+    model = build_on_meta(descriptor.model_class, config, torch.float32)
+    assert len(model.get_submodule(descriptor.layers)) == 4
+    assert model.get_submodule(str(descriptor.head)).out_features == 128
+
+
+def test_architectures_decide_between_the_classes_of_a_config() -> None:
+    config = family_config("llama4")
+    config.architectures = ["Llama4ForCausalLM"]
+    assert model_class_of(config).__name__ == "Llama4ForCausalLM"
+    config.architectures = ["Llama4ForConditionalGeneration"]
+    assert model_class_of(config).__name__ == "Llama4ForConditionalGeneration"
 
 
 def test_families_without_a_causal_language_model_are_refused_clearly() -> None:

@@ -13,14 +13,12 @@ import torch
 from safetensors.torch import save_file
 from support.compare import assert_same_tensors
 from support.tiny import heterogeneous_checkpoint, tensors_of, tiny_checkpoint, write_shards
-from transformers import CONFIG_MAPPING
 
 from patchers.errors import (
     BlockConfigError,
     CheckpointError,
     CheckpointNotFoundError,
     ConfigError,
-    FamilyError,
     MissingKeysError,
     OwnershipError,
 )
@@ -272,12 +270,6 @@ def test_config_without_family_says_so(folder: Path) -> None:
 def test_config_that_is_no_json_names_the_file(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     refused(CheckpointError, folder, "config.json")
-
-
-def test_nested_language_model_is_refused_clearly(folder: Path) -> None:
-    CONFIG_MAPPING["llava"]().save_pretrained(folder)
-    with pytest.raises(FamilyError, match="nests its language model in a larger one"):
-        load_and_shard_model("auto", folder)
 
 
 def test_remote_code_is_never_run_unasked(folder: Path) -> None:
