@@ -8,13 +8,14 @@ slot: two numbers per token and layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
 from patchers.errors import PartialModelError
 
@@ -43,10 +44,20 @@ def count_tokens(layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         args: The positional arguments of the call.
         kwargs: The others.
     """
-    batch, tokens = hidden_states_of(args, kwargs).shape[:2]
+    batch, tokens = hidden_states_of(args, kwargs).shape[-3:-1]  # some families put one dimension before them
     for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
+        if not _counts(cache, layer_idx):
+            continue
         placeholder = hidden_states_of(args, kwargs).new_zeros(batch, 1, tokens, 1)
         cache.update(placeholder, placeholder, layer_idx)
+
+
+def _counts(cache: Cache, layer_idx: int) -> bool:
+    """Whether a slot holds keys and values: not that of a linear attention, nor one that another feeds."""
+    if layer_idx >= len(cache.layers):
+        return True  # it will be made
+    slot = cache.layers[layer_idx]
+    return isinstance(slot, CacheLayerMixin) and not isinstance(slot, DummyLayer)
 
 
 class NoAttention(nn.Module):
@@ -158,6 +169,11 @@ class Unowned(nn.Module):
 class UnownedBlock(Unowned):
     """The stub of a block: armed, it passes the hidden states on and counts tokens in its cache slot.
 
+    Attributes:
+        delivery: Where hidden states come from that another rank computed, to be returned in the place of the
+            input. What a block returns is the one place to exchange them at: gradient checkpointing runs a
+            block a second time, without whoever changed its input.
+
     Args:
         original: The block on meta.
         name: Its dotted name.
@@ -170,12 +186,16 @@ class UnownedBlock(Unowned):
     ) -> None:
         super().__init__(original, name)
         self.layer_idx, self.arity = layer_idx, arity
+        self.delivery: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def pass_on(self, *args: Any, **kwargs: Any) -> Any:
         """Return the hidden states in the layer's own return form."""
         count_tokens(self.layer_idx, args, kwargs)
         arity = self.arity() if callable(self.arity) else self.arity
-        return returned(hidden_states_of(args, kwargs), arity)
+        hidden_states = hidden_states_of(args, kwargs)
+        if self.delivery is not None:
+            hidden_states = self.delivery(hidden_states)
+        return returned(hidden_states, arity)
 
 
 class UnownedEmbedding(Unowned):
@@ -190,7 +210,14 @@ class UnownedEmbedding(Unowned):
 @contextmanager
 def armed(model: nn.Module) -> Iterator[None]:
     """Let the stubs of a partial shard be called, as a pipeline stage does around its own forward."""
-    stubs = [module for module in model.modules() if isinstance(module, Unowned) and not module.armed]
+    with all_armed([module for module in model.modules() if isinstance(module, Unowned)]):
+        yield
+
+
+@contextmanager
+def all_armed(stubs: Iterable[Unowned]) -> Iterator[None]:
+    """Let stubs be called; those that already could be stay so."""
+    stubs = [stub for stub in stubs if not stub.armed]
     try:
         for stub in stubs:
             stub.armed = True

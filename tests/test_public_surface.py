@@ -15,7 +15,8 @@ import sharded_ckpt
 PATCHERS = """AttentionConfig BlockConfig Dialect FFNConfig MambaConfig ModelDescriptor MoEConfig SubBlock
 deci_x_patcher infer_block_configs parse_blocks read_block_configs write_block_configs"""
 SHARDED_CKPT = """BlockConfigError CheckpointError CheckpointNotFoundError CollectiveError ConfigError
-FamilyError LoadReport MissingKeysError OwnershipError OwnershipPlan PartialModelError PatchError Runtime
+FamilyError LoadReport MissingKeysError OwnershipError OwnershipPlan PartialModelError PatchError
+PipelineStage Runtime
 ShardedCkptError create_local_shard_ create_sharded_model default_runtime init_child_from_parent
 is_in_safetensors_format load_and_shard_model load_model_config load_sharded_state_dict
 load_state_dict_to_shards plan_ownership save_sharded_checkpoint save_sharded_model set_submodule"""

@@ -8,7 +8,6 @@ device they come from or go to.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +19,7 @@ from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.checkpoint.raw import bytes_of
 from sharded_ckpt.collective.agreement import Agreement, silence_of
 from sharded_ckpt.collective.store_thread import StoreLostError
-from sharded_ckpt.collective.verdict import ConnectionCutError, entry, judge
+from sharded_ckpt.collective.verdict import ConnectionCutError, cut_off, entry, judge
 
 if TYPE_CHECKING:
     import torch
@@ -224,8 +223,7 @@ class ControlGroup:
             work = getattr(dist, operation)(raw, group=self._links.gloo, **where)
             work.wait(timedelta(seconds=silence_of(self.timeout)))
         except RuntimeError as error:
-            why = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0])
-            raise ConnectionCutError(f"the connection to rank {peer} broke: {why}", {peer: why}) from error
+            raise cut_off(peer, error) from error
 
 
 def chunks(tensor: Tensor, limit: int, itemsize: int | None = None) -> Iterator[Tensor]:

@@ -12,7 +12,21 @@ from patchers.names import fold_indices
 
 
 class ConnectionCutError(CollectiveError):
-    """Sending or receiving broke off. The rank at the other end knows why; the vote that follows tells it."""
+    """Sending or receiving broke off. The rank at the other end knows why; the vote that follows tells it.
+
+    Attributes:
+        waited: Seconds for which this rank had waited then.
+    """
+
+    waited = 0.0
+
+
+def cut_off(peer: int, error: RuntimeError, waited: float = 0.0) -> ConnectionCutError:
+    """Return the error of a transfer that broke off, in gloo's words without the place in its source."""
+    why = re.sub(r"^\[[^]]*\]\s*", "", str(error).splitlines()[0])
+    cut = ConnectionCutError(f"the connection to rank {peer} broke: {why}", {peer: why})
+    cut.waited = waited
+    return cut
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,147 @@
+"""What a forward pass is given: the same on every rank, cut into micro-batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedConfig
+
+from patchers.errors import ConfigError
+from sharded_ckpt.checkpoint.raw import bytes_of
+
+FINGERPRINTED = ("input_ids", "attention_mask", "position_ids", "other arguments")
+"""What a fingerprint says, in this order."""
+
+CACHES = ("past_key_values", "cache_params")
+"""Under which names a family's forward takes its cache."""
+
+_OF_ALL_BLOCKS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def require_runnable(inputs: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    """Refuse what no stage can give.
+
+    Raises:
+        ConfigError: It says what to do instead.
+    """
+    if inputs.get("inputs_embeds") is not None:
+        raise ConfigError(
+            "a pipeline runs on input_ids, from which every rank computes masks and positions itself; "
+            "inputs_embeds cannot be given"
+        )
+    for name in _OF_ALL_BLOCKS:
+        asked = inputs.get(name)
+        if asked or (asked is None and getattr(config, name, False)):
+            raise ConfigError(
+                f"{name} would be that of one rank's blocks only; pass {name}=False, or run the whole model "
+                "in one process"
+            )
+
+
+def fingerprint(inputs: Mapping[str, Any], *, extra: Any = None) -> torch.Tensor:
+    """Return four numbers that are equal on two ranks if their inputs are.
+
+    Args:
+        inputs: Of a forward pass. Of a cache only its length counts.
+        extra: Anything else that must be the same, as plain data.
+    """
+    *tensors, _ = FINGERPRINTED
+    others = [(name, _number(inputs[name])) for name in sorted(inputs) if name not in tensors]
+    return torch.tensor([*(_number(inputs.get(name)) for name in tensors), _number([*others, extra])])
+
+
+def differing(one: torch.Tensor, other: torch.Tensor) -> list[str]:
+    """Return what differs between two fingerprints, by name."""
+    pairs = zip(FINGERPRINTED, one.tolist(), other.tolist(), strict=True)
+    return [name for name, ours, theirs in pairs if ours != theirs]
+
+
+def sizes_of(micro_batches: int | Sequence[int], batch: int) -> list[int]:
+    """Return how many rows each micro-batch has.
+
+    Args:
+        micro_batches: How many, as even as can be and none of them empty; or the rows of each.
+        batch: Rows altogether.
+
+    Raises:
+        ConfigError: They are not the rows of this batch.
+
+    Example:
+        >>> sizes_of(3, 8), sizes_of(3, 2), sizes_of([5, 3], 8)
+        ([3, 3, 2], [1, 1], [5, 3])
+    """
+    if isinstance(micro_batches, int):
+        if micro_batches < 1 or batch < 1:
+            raise ConfigError(f"a batch of {batch} rows cannot be cut into {micro_batches} micro-batches")
+        count = min(micro_batches, batch)
+        return [batch // count + (index < batch % count) for index in range(count)]
+    sizes = list(micro_batches)
+    if sum(sizes) != batch or min(sizes, default=0) < 1:
+        raise ConfigError(f"micro_batches are {sizes}, which are not the {batch} rows of the batch")
+    return sizes
+
+
+def require_separable(inputs: Mapping[str, Any], count: int) -> None:
+    """Refuse to cut what cannot be put together again.
+
+    Raises:
+        ConfigError: There is a cache or a loss, and more than one micro-batch.
+    """
+    for name in (*CACHES, "labels"):
+        if count > 1 and inputs.get(name) is not None:
+            raise ConfigError(
+                f"{name} cannot be cut into micro-batches: pass micro_batches=1, or use generate (which "
+                "keeps a cache for each), score or train_step"
+            )
+
+
+def joined(outputs: Sequence[Any]) -> Any:
+    """Return the output of the whole batch, given those of its micro-batches; of several, the logits."""
+    if len(outputs) == 1:
+        return outputs[0]
+    return type(outputs[0])(logits=torch.cat([output.logits for output in outputs]))
+
+
+def cut(inputs: Mapping[str, Any], sizes: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Cut inputs along the batch.
+
+    Args:
+        inputs: With `input_ids` `(batch, tokens)`. Tensors whose first dimension is the batch are cut,
+            `position_ids` of three dimensions along their second one. Everything else is shared.
+        sizes: How many rows each micro-batch has.
+    """
+    batch, at = inputs["input_ids"].shape[0], 0
+    for size in sizes:
+        yield {name: _rows(name, value, batch, at, size) for name, value in inputs.items()}
+        at += size
+
+
+def _rows(name: str, value: Any, batch: int, at: int, size: int) -> Any:
+    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+        return value
+    dimension = 1 if name == "position_ids" and value.ndim == 3 else 0
+    return value.narrow(dimension, at, size) if value.shape[dimension] == batch else value
+
+
+def _number(value: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(_told(value), digest_size=7).digest(), "big")
+
+
+def _told(value: Any) -> bytes:
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        return repr((plain.dtype, tuple(plain.shape))).encode() + bytes_of(plain).numpy().tobytes()
+    if isinstance(value, Cache):
+        return repr(("cache", _length(value))).encode()
+    plain_data = isinstance(value, (bool, int, float, str, tuple, list, dict, type(None)))
+    return (repr(value) if plain_data else type(value).__qualname__).encode()
+
+
+def _length(cache: Cache) -> int | None:
+    with suppress(ValueError):  # that of a family without attention
+        return int(cache.get_seq_length())
+    return None

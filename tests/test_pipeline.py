@@ -1,0 +1,83 @@
+"""The model over several ranks gives what it gives in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.gloo import Gloo
+from support.pipelines import decoded, logits_of
+from support.tiny import heterogeneous_checkpoint
+from transformers import PreTrainedModel
+
+from sharded_ckpt import load_and_shard_model
+
+IDS = torch.randint(4, 128, (4, 9), generator=torch.Generator().manual_seed(1))
+MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6, [0] + [1] * 8, [1] * 9])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipeline")
+
+
+def whole(checkpoint: Path) -> PreTrainedModel:
+    return load_and_shard_model("auto", checkpoint, dtype=torch.float32)
+
+
+def reference(checkpoint: Path, **inputs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return whole(checkpoint)(**inputs).logits
+
+
+POSITIONS = torch.arange(2, 11)[None]
+CALLS: list[tuple[dict[str, Any], dict[str, Any], list[int]]] = [  # inputs, options, rows of each part
+    ({"input_ids": IDS}, {}, [4]),
+    ({"input_ids": IDS, "attention_mask": MASK}, {}, [4]),
+    ({"input_ids": IDS, "attention_mask": MASK}, {"micro_batches": 3}, [2, 1, 1]),
+    ({"input_ids": IDS}, {"micro_batches": [3, 1], "broadcast": True}, [3, 1]),
+    ({"input_ids": IDS[:1], "position_ids": POSITIONS}, {"micro_batches": 4}, [1]),
+]
+
+
+def expected(checkpoint: Path) -> list[torch.Tensor]:
+    model, results = whole(checkpoint), []
+    for inputs, _, rows in CALLS:
+        parts = zip(*(value.split(rows) for value in inputs.values()), strict=True)
+        with torch.no_grad():
+            logits = [model(**dict(zip(inputs, part, strict=True))).logits for part in parts]
+        results.append(torch.cat(logits))
+    return results
+
+
+@pytest.mark.parametrize(("world_size", "owned"), [(1, None), (2, None), (3, [[0, 1], [], [2, 3, 4, 5, 6]])])
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_bit_equal_to_those_of_the_whole_model(
+    gloo: Gloo, folder: Path, world_size: int, owned: Any, tied: bool
+) -> None:
+    checkpoint = heterogeneous_checkpoint(folder, tied=tied)
+    ranks = gloo.run_ok(
+        logits_of,
+        checkpoint,
+        owned,
+        [inputs | options for inputs, options, _ in CALLS],
+        world_size=world_size,
+    )
+    for number, logits in enumerate(expected(checkpoint)):
+        assert torch.equal(ranks[-1][number], logits)
+        for rank in ranks[:-1]:  # all of them where it was asked for, else the last one alone
+            assert rank[number] is None if number != 3 else torch.equal(rank[number], logits)
+
+
+def test_decoding_with_a_cache_equals_the_whole_model_with_padding(gloo: Gloo, folder: Path) -> None:
+    checkpoint = heterogeneous_checkpoint(folder)
+    positions = (MASK.cumsum(-1) - 1).clamp(min=0)
+    logits = reference(checkpoint, input_ids=IDS, attention_mask=MASK, position_ids=positions)
+    parts = gloo.run_ok(_decoded_padded, checkpoint, world_size=4)[-1]
+    assert ((torch.cat(parts, dim=1) - logits) * MASK[..., None]).abs().max() <= 1e-5 * logits.abs().max()
+
+
+def _decoded_padded(checkpoint: Path) -> list[Any]:
+    return decoded(checkpoint, None, IDS, 4, attention_mask=MASK)
