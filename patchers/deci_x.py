@@ -67,6 +67,7 @@ def deci_x_patcher(
         torch.Size([16, 32])
     """
     descriptor = ModelDescriptor.of(model_descriptor)
+    _ = descriptor.attention  # tried out here: the caller may build on meta, where nothing can be tried
     patcher = _Patcher(descriptor, block_configs)
     with patched_init(descriptor.layer_classes, patcher.build):
         yield
