@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from bench_read import make_dense
-from paired import _read, evict, run_apart, warm
+from paired import _read, evict, run_apart, settle, warm
 from torch import distributed
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama as modeling_llama
@@ -57,6 +57,7 @@ def rank_of(rank: int, ranks: int, way: str, folder: Path, store: str, results: 
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     before = {field: memory(field) for field in ("Rss", "Pss")}
+    settle()
     distributed.barrier()
     started = time.perf_counter()
     model = WAYS[way](folder)
