@@ -56,8 +56,8 @@ def rank_of(rank: int, ranks: int, way: str, folder: Path, store: str, results: 
     """Load as one rank, and say how long it took and what it holds."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    before = {field: memory(field) for field in ("Rss", "Pss")}
     settle()
+    before = {field: memory(field) for field in ("Rss", "Pss")}
     distributed.barrier()
     started = time.perf_counter()
     model = WAYS[way](folder)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import re
 import tempfile
@@ -26,8 +27,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint import load as dcp_load
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
 from transformers.models.llama import modeling_llama as modeling_llama
+from transformers.models.mixtral import modeling_mixtral as modeling_mixtral
 from transformers.utils import logging as transformers_logging
 
 import sharded_ckpt.checkpoint.transfer
@@ -52,12 +54,18 @@ def main() -> None:
     parser.add_argument(
         "--share", type=float, default=0.9, help="discard rounds in which a run had less of a core"
     )
-    parser.add_argument("--only", default="warm,cold,keys,plan,cast,fuse")
+    parser.add_argument("--only", default="warm,cold,experts,keys,plan,cast,fuse")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "torch.distributed is disabled")
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(min(4, os.cpu_count() or 1))
-    benches = {"warm": bench_warm, "cold": bench_cold, "cast": bench_cast, "fuse": bench_fuse}
+    benches = {
+        "warm": bench_warm,
+        "cold": bench_cold,
+        "experts": bench_experts,
+        "cast": bench_cast,
+        "fuse": bench_fuse,
+    }
     small = {"keys": bench_keys, "plan": bench_plan}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
@@ -102,6 +110,33 @@ def make_dense(folder: Path, size_gb: float) -> Path:
     return write_shards(folder / f"dense-{size_gb:g}", groups, config)
 
 
+def make_mixtral(folder: Path, size_gb: float) -> Path:
+    """Write a bf16 mixtral of about that size with one tensor per expert, as published, a shard a block."""
+    hidden, width, experts = 1024, 2048, 8
+    shapes = {f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+    shapes |= {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    shapes["block_sparse_moe.gate.weight"] = (experts, hidden)
+    for number in range(experts):
+        prefix = f"block_sparse_moe.experts.{number}"
+        shapes |= {f"{prefix}.{name}.weight": (width, hidden) for name in ("w1", "w3")}
+        shapes[f"{prefix}.w2.weight"] = (hidden, width)
+    layers = max(4, round(size_gb * 1e9 / (2 * sum(math.prod(shape) for shape in shapes.values()))))
+    config = MixtralConfig(
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        num_local_experts=experts,
+        dtype="bfloat16",
+        architectures=["MixtralForCausalLM"],
+    )
+    groups = [{f"model.layers.{i}.{name}": shape for name, shape in shapes.items()} for i in range(layers)]
+    ends = {"model.embed_tokens.weight": (32000, hidden), "lm_head.weight": (32000, hidden)}
+    groups.append({**ends, "model.norm.weight": (hidden,)})
+    return write_shards(folder / f"mixtral-{size_gb:g}", groups, config)
+
+
 def make_experts(folder: Path, layers: int, experts: int, shape: tuple[int, int], shards: int) -> Path:
     """Write the experts of a mixture, one tensor each, spread over shards in order."""
     keys = [
@@ -115,7 +150,9 @@ def make_experts(folder: Path, layers: int, experts: int, shape: tuple[int, int]
     return write_shards(folder / f"experts-{layers}-{experts}-{shape[0]}-{shards}", groups, None)
 
 
-def write_shards(folder: Path, groups: list[dict[str, tuple[int, ...]]], config: LlamaConfig | None) -> Path:
+def write_shards(
+    folder: Path, groups: list[dict[str, tuple[int, ...]]], config: PreTrainedConfig | None
+) -> Path:
     """Write random bf16 tensors, a file for each group, unless they are there."""
     if not (folder / "model.safetensors.index.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +161,7 @@ def write_shards(folder: Path, groups: list[dict[str, tuple[int, ...]]], config:
 
 
 def _write_shards(
-    folder: Path, groups: list[dict[str, tuple[int, ...]]], config: LlamaConfig | None
+    folder: Path, groups: list[dict[str, tuple[int, ...]]], config: PreTrainedConfig | None
 ) -> dict[str, int]:
     weight_map, total = {}, 0
     for number, group in enumerate(groups, 1):
@@ -286,6 +323,16 @@ def bench_warm(folder: Path, options: argparse.Namespace) -> Iterator[str]:
             **peers(methods),
         }
         yield table(f"{title}: to tensors", compare(tensors, options.rounds, share=options.share))
+
+
+def bench_experts(folder: Path, options: argparse.Namespace) -> Iterator[str]:
+    """Half of the blocks of a mixture, its experts fused on the way to the model."""
+    methods = Methods(make_mixtral(folder, options.size_gb), 0.5)
+    warm(methods.files)
+    cases = {"load_and_shard_model": methods.loader, "from_pretrained, whole": methods.from_pretrained}
+    own = sum(entry.nbytes for entry in open_checkpoint(methods.folder).headers(methods.keys).values())
+    title = f"warm, half of the blocks of a mixtral of {options.size_gb:g} GB ({own / MiB:.0f} MiB)"
+    yield table(title, compare(cases, options.rounds, share=options.share))
 
 
 def bench_cold(folder: Path, options: argparse.Namespace) -> Iterator[str]:
