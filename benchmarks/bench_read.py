@@ -120,7 +120,8 @@ def make_mixtral(folder: Path, size_gb: float) -> Path:
         prefix = f"block_sparse_moe.experts.{number}"
         shapes |= {f"{prefix}.{name}.weight": (width, hidden) for name in ("w1", "w3")}
         shapes[f"{prefix}.w2.weight"] = (hidden, width)
-    layers = max(4, round(size_gb * 1e9 / (2 * sum(math.prod(shape) for shape in shapes.values()))))
+    per_layer = 2 * sum(math.prod(shape) for shape in shapes.values())
+    layers = max(4, round(size_gb * 1e9 / per_layer) // 2 * 2)
     config = MixtralConfig(
         hidden_size=hidden,
         intermediate_size=width,

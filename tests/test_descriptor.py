@@ -51,6 +51,20 @@ def test_a_plain_family_is_not_tried_out_before_somebody_asks() -> None:
         _ = descriptor.atention
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "gemma3_text"])
+def test_one_layer_of_a_kind_is_run_for_all(family: str) -> None:
+    model = build_on_meta(
+        ModelDescriptor.from_family(family).model_class, tiny_config(family), torch.bfloat16
+    )
+    _, layers = find_layers(model)
+    runs: list[int] = []
+    for number, layer in enumerate(layers):
+        next(layer.children()).register_forward_hook(lambda *_, number=number: runs.append(number))
+    probe_layers(model, layers)
+    assert set(runs) == {0}
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
 def test_every_family_taken_as_plain_is_tested() -> None:
     assert set(FAMILIES) == PLAIN_FAMILIES
 
