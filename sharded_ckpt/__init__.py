@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sharded_ckpt.model import create_local_shard_ as create_local_shard_
     from sharded_ckpt.model import create_sharded_model as create_sharded_model
     from sharded_ckpt.ownership.plan import OwnershipPlan as OwnershipPlan
-    from sharded_ckpt.ownership.plan import plan_ownership as plan_ownership
+    from sharded_ckpt.ownership.planning import plan_ownership as plan_ownership
     from sharded_ckpt.pipeline.stage import PipelineStage as PipelineStage
     from sharded_ckpt.runtime import Runtime as Runtime
     from sharded_ckpt.runtime import default_runtime as default_runtime
@@ -45,7 +45,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "loading.report": ("LoadReport",),
         "loading.verbs": ("is_in_safetensors_format", "load_and_shard_model", "load_sharded_state_dict"),
         "model": ("create_local_shard_", "create_sharded_model"),
-        "ownership.plan": ("OwnershipPlan", "plan_ownership"),
+        "ownership.plan": ("OwnershipPlan",),
+        "ownership.planning": ("plan_ownership",),
         "pipeline.stage": ("PipelineStage",),
         "runtime": ("Runtime", "default_runtime"),
         "saving.verbs": ("save_sharded_checkpoint", "save_sharded_model"),

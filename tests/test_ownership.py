@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import combinations, pairwise
+from fractions import Fraction
+from itertools import combinations, combinations_with_replacement, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchers import read_block_configs
 from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
 from patchers.errors import ConfigError, OwnershipError
-from sharded_ckpt.ownership.costs import MEASURES, model_costs
-from sharded_ckpt.ownership.partition import min_max_partition
+from sharded_ckpt.ownership.costs import MEASURES, ModelCosts, model_costs
+from sharded_ckpt.ownership.counting import costs_of
+from sharded_ckpt.ownership.partition import Run, even_partition, min_max_partition, min_max_runs
 from sharded_ckpt.ownership.plan import (
     OwnershipPlan,
     check_disjoint_cover,
     check_ownership,
-    plan_from_index,
-    plan_ownership,
 )
+from sharded_ckpt.ownership.planning import plan_from_index, plan_ownership
 
 CONFIGS = Path(__file__).parents[2] / "shared" / "configs"
 TINY = {
@@ -59,11 +59,42 @@ def test_no_partition_is_better(costs: list[int], runs: int) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(0, 1e300), min_size=1, max_size=8), st.integers(1, 4))
 def test_floats_of_any_size_are_partitioned_exactly(costs: list[float], runs: int) -> None:
-    from fractions import Fraction
-
     exact = [Fraction(cost) for cost in costs]
     best = min(all_partitions(exact, runs), key=lambda partition: worth(partition, exact))
     assert min_max_partition(costs, runs) == best
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=7),
+    st.lists(st.tuples(st.integers(1, 3), st.none() | st.integers(1, 20)), min_size=1, max_size=4),
+)
+def test_no_partition_within_limits_is_better(
+    row: list[tuple[int, int]], runs: list[tuple[int, int | None]]
+) -> None:
+    costs, sizes = [cost for cost, _ in row], [size for _, size in row]
+    found: list[tuple[Any, list[range]]] = []
+    for cuts in combinations_with_replacement(range(len(row) + 1), len(runs) - 1):
+        partition = [range(a, b) for a, b in pairwise([0, *cuts, len(row)])]
+        shares = [
+            Fraction(sum(costs[i] for i in run), of) for run, (of, _) in zip(partition, runs, strict=True)
+        ]
+        taken = [sum(sizes[i] for i in run) for run in partition]
+        if all(limit is None or size <= limit for size, (_, limit) in zip(taken, runs, strict=True)):
+            empty, lengths = sum(not run for run in partition), [-len(run) for run in partition]
+            found.append(((max(shares), sum(share**2 for share in shares), empty, lengths), partition))
+    asked = [Run(share, limit) for share, limit in runs]
+    if found:
+        assert min_max_runs(costs, asked, sizes) == min(found)[1]
+    else:
+        with pytest.raises(OwnershipError, match="no cut of the row keeps all limits"):
+            min_max_runs(costs, asked, sizes)
+
+
+def test_an_even_partition_is_that_of_numpy() -> None:
+    for count, runs in [(7, 3), (162, 16), (2, 4), (8, 8)]:
+        parts = np.array_split(np.arange(count), runs)
+        assert [list(run) for run in even_partition(count, runs)] == [part.tolist() for part in parts]
 
 
 def test_many_blocks_over_many_ranks_are_planned_at_once() -> None:
@@ -153,6 +184,84 @@ def test_a_checkpoint_is_planned_from_its_keys() -> None:
     assert (plan_from_index(neox, 1, 1).first, plan_from_index(neox, 1, 1).last) == (5, 7)
     with pytest.raises(OwnershipError, match="is of block 3, but the model has 3 blocks"):
         plan_from_index(keys, 3, 2)
+
+
+# Budgets --------------------------------------------------------------------------------------------------
+
+
+def test_unequal_devices_are_filled_to_the_same_percentage() -> None:
+    plan = plan_ownership([1e9] * 12, 3, budgets=["4GB", "12 GB", 8e9])
+    assert plan.blocks == ((0, 1), tuple(range(2, 8)), tuple(range(8, 12)))
+    assert str(plan).splitlines()[1:3] == [
+        "rank  blocks  number  bytes    of mean  of budget  free     and",
+        "0     0-1     2       2.00 GB  0.50x    50%        2.00 GB",
+    ]
+
+
+def test_time_is_shared_out_within_the_memory_of_each_rank() -> None:
+    seconds = ModelCosts((3.0, 1.0, 1.0, 1.0), by="seconds")
+    sizes = ModelCosts((1, 4, 4, 4), everywhere=2)
+    assert plan_ownership(seconds, 2).blocks == ((0,), (1, 2, 3))
+    plan = plan_ownership(seconds, 2, memory=sizes, budgets=11)
+    assert plan.blocks == ((0, 1), (2, 3))
+    assert (plan.totals, plan.taken) == ((4.0, 2.0), (7, 10))
+    assert str(plan).splitlines()[1] == (
+        "rank  blocks  number  seconds  of mean  bytes  of budget  free  and"
+    )
+
+
+def test_a_device_too_small_for_any_block_owns_nothing() -> None:
+    assert plan_ownership([5, 5], 3, budgets=[1, 6, 6]).blocks == ((), (0,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("costs", "budgets", "text"),
+    [
+        (
+            ModelCosts((4e9, 3e9, 4e9)),
+            5e9,
+            "the model does not fit: it takes 11.00 GB and 2 ranks may take 10.00 GB; in the split that "
+            "comes closest, rank 0 (blocks 0-1) takes 7.00 GB of its 5.00 GB, 2.00 GB too much; it fits "
+            "on 3 ranks with 5.00 GB each",
+        ),
+        (
+            ModelCosts((4e9, 3e9), 2e9, everywhere=1e9),
+            "6.5 GB",
+            "rank 0 (block 0) takes 7.00 GB of its 6.50 GB, 500.00 MB too much; no number of ranks helps: "
+            "block 0, with what lives beside it, takes 7.00 GB by itself",
+        ),
+        (
+            ModelCosts((1, 1), everywhere=10),
+            10,
+            "what every rank has takes 10 B, and a rank may take 10 B; allow more than 10 B",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_told_by_how_much(costs: ModelCosts, budgets: Any, text: str) -> None:
+    with pytest.raises(OwnershipError) as failure:
+        plan_ownership(costs, 2, budgets=budgets)
+    assert text in str(failure.value)
+
+
+def test_an_even_split_is_shown_even_where_it_does_not_fit() -> None:
+    plan = plan_ownership([3, 1, 1, 1], 2, budgets=3.5, split="even")
+    assert plan.blocks == ((0, 1), (2, 3))
+    assert "4    1.33x    114%       -0.5" in str(plan).replace(" B", "")
+
+
+@pytest.mark.parametrize(
+    ("budgets", "text"),
+    [
+        ("80 boxes", 'budget \'80 boxes\' is no size; write "80GiB", "80 GB" or a number'),
+        (["1GB"], "budgets has 1 entries for 2 ranks; give one, or one for each rank"),
+        (0, "budget 0 is not a positive, finite amount"),
+        (float("nan"), "budget nan is not a positive, finite amount"),
+    ],
+)
+def test_budgets_that_say_nothing_are_refused(budgets: Any, text: str) -> None:
+    with pytest.raises(OwnershipError) as failure:
+        plan_ownership([1, 1], 2, budgets=budgets)
+    assert str(failure.value) == text
 
 
 # Explicit assignments -------------------------------------------------------------------------------------
@@ -245,7 +354,7 @@ def test_measures_count_what_they_say() -> None:
     assert costs["bytes+kv"].blocks[1] == costs["bytes"].blocks[1]
     assert costs["flops"].blocks == (2 * 20 * (attention + ffn + 10 * 8), 2 * 20 * moe)
     assert (costs["flops"].embedding, costs["flops"].head) == (0, 2 * 20 * 80)
-    assert costs["flops"].plan(2).by == "flops"
+    assert plan_ownership(costs["flops"], 2).by == "flops"
 
 
 def test_costs_that_cannot_be_known_are_refused() -> None:
@@ -271,12 +380,8 @@ def test_published_models_fit_where_an_even_split_does_not(
     if not file.exists():
         pytest.skip("the published configs are not beside this checkout")
     config = json.loads(file.read_text())
-    blocks = read_block_configs(config)[0]  # type: ignore[index]
-    counted = model_costs(blocks, config, by="parameters")
-    assert sum(counted.blocks) + counted.embedding + counted.head == parameters
-    costs = model_costs(blocks, config)
-    split = [tuple(map(int, part)) for part in np.array_split(np.arange(len(blocks)), 8)]
-    by_count = OwnershipPlan(tuple(split), costs.blocks, costs.embedding, costs.head)
-    for plan, (largest, imbalance) in ((by_count, even), (costs.plan(8), best)):
+    assert costs_of(config, by="parameters").total == parameters
+    plans = {split: plan_ownership(config, 8, split=split) for split in ("even", "min-max")}
+    for plan, (largest, imbalance) in ((plans["even"], even), (plans["min-max"], best)):
         assert max(plan.totals) == pytest.approx(largest, rel=0.03)
         assert plan.imbalance == pytest.approx(imbalance, abs=0.005)

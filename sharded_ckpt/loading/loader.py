@@ -36,8 +36,9 @@ from sharded_ckpt.loading.pickled import PickledReader
 from sharded_ckpt.loading.plan import LoadPlan, ModelNames, keys_that_may_feed, plan_load, unexpected_text
 from sharded_ckpt.loading.report import LoadReport
 from sharded_ckpt.model import build_skeleton, create_local_shard_
-from sharded_ckpt.ownership.model_bytes import model_bytes
-from sharded_ckpt.ownership.plan import check_disjoint_cover, check_ownership, plan_ownership
+from sharded_ckpt.ownership.plan import check_disjoint_cover, check_ownership
+from sharded_ckpt.ownership.planning import plan_ownership
+from sharded_ckpt.ownership.skeleton import model_bytes
 from sharded_ckpt.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ class ShardLoader:
         if self.options.owned != "auto":
             return check_ownership(self.options.owned, count)  # type: ignore[arg-type]
         costs = model_bytes(self.shard, self.descriptor)
-        plan = plan_ownership(costs.blocks, self.runtime.world_size, first=costs.embedding, last=costs.head)
+        plan = plan_ownership(costs, self.runtime.world_size)
         return set(plan.blocks[self.runtime.global_rank])
 
     def _plan(self) -> LoadPlan:

@@ -13,10 +13,13 @@ from typing import Any
 from patchers.base_sizes import BaseSizes, resolve_block
 from patchers.block_config import BlockConfig, FFNConfig
 from patchers.errors import ConfigError
-from sharded_ckpt.ownership.plan import OwnershipPlan, plan_ownership
+from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
 
 MEASURES = ("bytes", "parameters", "count", "flops", "bytes+kv")
 """What costs can be counted in."""
+
+LLAMA_SHAPED = PLAIN_FAMILIES | NATIVE_FAMILY.keys()
+"""Families (config `model_type`) whose costs follow from the formulas here."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,28 @@ class ModelCosts:
         blocks: The cost of each block.
         embedding: That of the embedding, which lives with the first block.
         head: That of final norm and head, which live with the last block; a tied head counts in full.
-        by: The measure, one of `MEASURES`.
+        by: The measure: one of `MEASURES`, or "seconds" where they were measured.
+        everywhere: That of what every rank has, whatever it owns: a position embedding, say.
     """
 
     blocks: tuple[float, ...]
-    embedding: float
-    head: float
-    by: str
+    embedding: float = 0
+    head: float = 0
+    by: str = "bytes"
+    everywhere: float = 0
 
-    def plan(self, world_size: int) -> OwnershipPlan:
-        """Return the best contiguous ownership over a number of ranks."""
-        return plan_ownership(self.blocks, world_size, first=self.embedding, last=self.head, by=self.by)
+    @property
+    def loads(self) -> tuple[float, ...]:
+        """The cost of each block together with what lives beside it."""
+        if len(self.blocks) == 1:
+            return (self.embedding + self.blocks[0] + self.head,)
+        first, *middle, last = self.blocks
+        return (self.embedding + first, *middle, last + self.head)
+
+    @property
+    def total(self) -> float:
+        """The cost of the whole model on one rank."""
+        return sum(self.loads) + self.everywhere
 
 
 def model_costs(
@@ -61,18 +75,25 @@ def model_costs(
         length: Tokens of a sequence.
 
     Raises:
-        ConfigError: The measure is not known, or the config lacks a size that is needed.
+        ConfigError: The measure is not known, the config lacks a size that is needed, or its family has other
+            parts than the formulas know; `skeleton_costs` counts any family.
 
     Example:
         >>> config = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2,
         ...           "num_key_value_heads": 1, "intermediate_size": 16, "vocab_size": 10}
         >>> model_costs([BlockConfig()], config, by="parameters")
-        ModelCosts(blocks=(592,), embedding=80, head=88, by='parameters')
+        ModelCosts(blocks=(592,), embedding=80, head=88, by='parameters', everywhere=0)
     """
     if by not in MEASURES:
         raise ConfigError(f"costs cannot be counted by {by!r}; choose one of {', '.join(MEASURES)}")
     if by == "count":
         return ModelCosts((1,) * len(blocks), 0, 0, by)
+    family = config.get("model_type", "llama")
+    if family not in LLAMA_SHAPED:
+        raise ConfigError(
+            f"the formulas count blocks of the llama shape, not those of {family!r}; skeleton_costs(config) "
+            "counts them on the native model, without weights"
+        )
     shape = _Shape.of(config)
     resolved = [resolve_block(block, shape.base) for block in blocks]
     if by == "flops":

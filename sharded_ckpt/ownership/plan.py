@@ -1,16 +1,16 @@
-"""Which rank owns which blocks."""
+"""Which rank owns which blocks: the plan, and what makes an assignment a valid one."""
 
 from __future__ import annotations
 
-import html
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from patchers.errors import OwnershipError
-from patchers.names import block_of, fold_indices
-from sharded_ckpt.ownership.partition import min_max_partition
+from patchers.names import fold_indices
+from sharded_ckpt.ownership.costs import ModelCosts
+from sharded_ckpt.ownership.table import amount, as_html, as_text
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,18 @@ class OwnershipPlan:
         costs: The cost of each block.
         first: The cost of what lives beside the first block: the embedding.
         last: The cost of what lives beside the last block: final norm and head.
-        by: What the costs are: "bytes", "parameters", "count", "flops", …
+        by: What the costs are: "bytes", "parameters", "count", "flops", "seconds", …
+        budgets: What each rank may take: of `memory` where that is said, else of the costs.
+        memory: What the parts of the model take of the budgets, where that is something else than the costs.
+        everywhere: The cost of what every rank has, whatever it owns.
 
     Raises:
         OwnershipError: A block is owned by several ranks or by none, or does not exist.
 
     Example:
-        >>> plan = plan_ownership([4, 1, 1, 1, 1], 2, last=1, by="count")
-        >>> plan.blocks, plan.totals, plan.owner_of(3)
-        (((0, 1), (2, 3, 4)), (5, 4), 1)
+        >>> plan = OwnershipPlan(((0, 1), (2, 3, 4)), (4, 1, 1, 1, 1), last=1, by="count")
+        >>> plan.totals, plan.owner_of(3), plan.is_contiguous
+        ((5, 4), 1, True)
     """
 
     blocks: tuple[tuple[int, ...], ...]
@@ -40,6 +43,9 @@ class OwnershipPlan:
     first: float = 0
     last: float = 0
     by: str = "bytes"
+    budgets: tuple[float, ...] | None = None
+    memory: ModelCosts | None = None
+    everywhere: float = 0
 
     def __post_init__(self) -> None:
         check_disjoint_cover(self.blocks, len(self.costs))
@@ -57,12 +63,12 @@ class OwnershipPlan:
     @property
     def totals(self) -> tuple[float, ...]:
         """The cost of each rank, embedding and head included where they live."""
-        return tuple(
-            sum(self.costs[block] for block in owned)
-            + (self.first if 0 in owned else 0)
-            + (self.last if self.num_blocks - 1 in owned else 0)
-            for owned in self.blocks
-        )
+        return self._per_rank(ModelCosts(self.costs, self.first, self.last, everywhere=self.everywhere))
+
+    @property
+    def taken(self) -> tuple[float, ...]:
+        """What each rank takes of its budget."""
+        return self.totals if self.memory is None else self._per_rank(self.memory)
 
     @property
     def imbalance(self) -> float:
@@ -85,20 +91,10 @@ class OwnershipPlan:
         return next(rank for rank, owned in enumerate(self.blocks) if block in owned)
 
     def __str__(self) -> str:
-        header, *rows = self._table()
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (header, *rows)
-        ]
-        return "\n".join([self._title(), *lines])
+        return f"{self._title()}\n{as_text(self._table())}"
 
     def _repr_html_(self) -> str:
-        header, *rows = self._table()
-        lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-        heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = "".join(f"<tr>{line}</tr>" for line in lines)
-        return f"<table><caption>{html.escape(self._title())}</caption><tr>{heads}</tr>{body}</table>"
+        return as_html(self._title(), self._table())
 
     def _title(self) -> str:
         return (
@@ -108,90 +104,29 @@ class OwnershipPlan:
 
     def _table(self) -> list[list[str]]:
         mean = sum(self.totals) / self.world_size
-        rows = [["rank", "blocks", "number", self.by, "of mean", "and"]]
+        rows = [["rank", "blocks", "number", self.by, "of mean", *self._budget_header(), "and"]]
         for rank, (owned, total) in enumerate(zip(self.blocks, self.totals, strict=True)):
             ends = ["embedding"] if 0 in owned and self.first else []
             ends += ["head"] if self.num_blocks - 1 in owned and self.last else []
             share = f"{total / mean:.2f}x" if mean else "-"
-            shown = [str(rank), fold_indices(owned) or "-", str(len(owned)), _show(total, self.by), share]
-            rows.append([*shown, ", ".join(ends)])
+            shown = [str(rank), fold_indices(owned) or "-", str(len(owned)), amount(total, self.by), share]
+            rows.append([*shown, *self._budget_cells(rank), ", ".join(ends)])
         return rows
 
+    def _budget_header(self) -> list[str]:
+        memory = [] if self.memory is None else [self.memory.by]
+        return memory + (["of budget", "free"] if self.budgets is not None else [])
 
-def plan_ownership(
-    costs: Sequence[float], world_size: int, *, first: float = 0, last: float = 0, by: str = "bytes"
-) -> OwnershipPlan:
-    """Give each rank a contiguous run of blocks, so that the dearest rank is as cheap as can be.
+    def _budget_cells(self, rank: int) -> list[str]:
+        unit = self.by if self.memory is None else self.memory.by
+        cells = [] if self.memory is None else [amount(self.taken[rank], unit)]
+        if self.budgets is None:
+            return cells
+        budget, taken = self.budgets[rank], self.taken[rank]
+        return [*cells, f"{taken / budget:.0%}", amount(budget - taken, unit)]
 
-    The optimum is exact. Among equal optima the most even is taken, then the one whose earlier ranks own
-    more blocks. With more ranks than blocks, the ranks at the end own nothing.
-
-    Args:
-        costs: The cost of each block, in any unit.
-        world_size: Number of ranks.
-        first: The cost of what lives beside the first block: the embedding.
-        last: The cost of what lives beside the last block: final norm and head. A tied head reads the
-            embedding, so it costs as much.
-        by: What the costs are; only shown.
-
-    Raises:
-        OwnershipError: There is no block or no rank, or a cost is negative or not finite.
-
-    Example:
-        >>> print(plan_ownership([4e9, 1e9, 1e9, 1e9], 2, first=1e9))
-        4 blocks over 2 ranks by bytes: the largest rank has 1.25x the mean
-        rank  blocks  number  bytes    of mean  and
-        0     0       1       5.00 GB  1.25x    embedding
-        1     1-3     3       3.00 GB  0.75x
-    """
-    world_size = _positive(world_size, "world_size")
-    if not len(costs):
-        raise OwnershipError("there are no blocks to own: costs is empty")
-    for name, cost in [("first", first), ("last", last), *((f"costs[{i}]", c) for i, c in enumerate(costs))]:
-        if not 0 <= cost < float("inf"):
-            raise OwnershipError(f"{name} is {cost}; a cost is a finite number that is not negative")
-    loads = list(costs)
-    loads[0] += first
-    loads[-1] += last
-    runs = min_max_partition(loads, world_size)
-    blocks = [tuple(run) for run in runs] + [()] * (world_size - len(runs))
-    return OwnershipPlan(tuple(blocks), tuple(costs), first, last, by)
-
-
-def plan_from_index(
-    nbytes: Mapping[str, int], num_blocks: int, world_size: int, *, tied: bool | None = None
-) -> OwnershipPlan:
-    """Plan by the bytes of each tensor of a checkpoint, as its headers tell them.
-
-    Args:
-        nbytes: Bytes of each tensor, by key.
-        num_blocks: Number of blocks; a block without tensors costs nothing.
-        world_size: Number of ranks.
-        tied: Whether the last rank reads the embedding for its head. By default, if there is no head.
-
-    Raises:
-        OwnershipError: A key belongs to a block that the model does not have.
-
-    Example:
-        >>> sizes = {f"model.layers.{i}.mlp.weight": 100 for i in range(4)}
-        >>> plan_from_index({"model.embed_tokens.weight": 300, **sizes}, 4, 2).blocks
-        ((0, 1), (2, 3))
-    """
-    costs, first, last, has_head = [0] * num_blocks, 0, 0, False
-    for key, size in nbytes.items():
-        block = block_of(key)
-        if block is not None:
-            if block >= num_blocks:
-                raise OwnershipError(f"{key} is of block {block}, but the model has {num_blocks} blocks")
-            costs[block] += size
-        elif _is_embedding(key):
-            first += size
-        else:
-            last += size
-            has_head = has_head or not any(word in key for word in ("norm", "ln_f"))
-    if tied if tied is not None else not has_head:
-        last += first
-    return plan_ownership(costs, world_size, first=first, last=last)
+    def _per_rank(self, costs: ModelCosts) -> tuple[float, ...]:
+        return tuple(sum(costs.loads[block] for block in owned) + costs.everywhere for owned in self.blocks)
 
 
 def check_ownership(owned: Iterable[int], num_blocks: int, *, what: str = "owned_block_indexes") -> set[int]:
@@ -264,22 +199,3 @@ def _index(value: Any, what: str) -> int:
     if index is None or isinstance(value, bool):
         raise OwnershipError(f"{what} has {value!r}; block indexes are ints")
     return index
-
-
-def _positive(value: Any, name: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
-        raise OwnershipError(f"{name} is {value!r}; it must be a positive int")
-    return operator.index(value)
-
-
-def _is_embedding(key: str) -> bool:
-    """Guess from a name outside the blocks: GPT-NeoX calls its head "embed_out"."""
-    return any(word in key for word in ("embed", "wte", "wpe")) and "embed_out" not in key
-
-
-def _show(cost: float, by: str) -> str:
-    unit = "B" if by.startswith("bytes") else ""
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if cost >= factor:
-            return f"{cost / factor:.2f} {prefix}{unit}"
-    return f"{cost:g} {unit}".rstrip()
