@@ -60,9 +60,8 @@ def create_sharded_model(
     """
     runtime = as_runtime(runtime)
     descriptor = ModelDescriptor.of(descriptor, model_config)
-    owned = check_ownership(owned_block_indexes, model_config.num_hidden_layers)
     model = build_skeleton(descriptor, model_config, dtype, block_configs)
-    create_local_shard_(model, owned, descriptor, runtime)
+    create_local_shard_(model, owned_block_indexes, descriptor, runtime)
     device = torch.device(runtime.device if device is None else device)
     return model if device.type == "meta" else _initialise(model, device)
 
@@ -75,8 +74,9 @@ def create_local_shard_(
 ) -> PreTrainedModel:
     """Cut a model down, in place, to the blocks that this rank owns.
 
-    The first block's owner keeps the input embedding, the last one's the final norm and the head. What is not
-    owned becomes a stub: it holds no storage, and raises when the shard is called like a whole model.
+    The first block's owner keeps the input embedding and what stands beside the language model (a vision
+    tower, its projector), the last one's the final norm and the head. What is not owned becomes a stub: it
+    holds no storage, and raises when the shard is called like a whole model.
 
     Args:
         model: A native model, on meta or with weights.
@@ -91,13 +91,15 @@ def create_local_shard_(
         OwnershipError: An index is no block of this model.
     """
     descriptor = ModelDescriptor.of(descriptor, model.config)
-    count = model.config.num_hidden_layers
+    count = num_blocks(model, descriptor)
     owned = check_ownership(owned_block_indexes, count)
     arity = functools.partial(getattr, descriptor, "layer_arity")  # found out only if a stage asks
     for index in sorted(set(range(count)) - owned):
         _replace(model, descriptor.block_name(index), UnownedBlock, layer_idx=index, arity=arity)
     if 0 not in owned:
         _replace(model, descriptor.embedding, UnownedEmbedding)
+        for name in outer_modules(model, descriptor):
+            _replace(model, name, Unowned)
     if count - 1 not in owned:
         for name in filter(None, (descriptor.final_norm, descriptor.head)):
             _replace(model, name, Unowned)
@@ -106,6 +108,34 @@ def create_local_shard_(
     if len(owned) < count:
         _refuse_whole_model_methods(model)
     return model
+
+
+def num_blocks(model: PreTrainedModel, descriptor: ModelDescriptor) -> int:
+    """Return how many blocks a model has."""
+    return sum(1 for _ in model.get_submodule(descriptor.layers).children())
+
+
+def outer_modules(model: PreTrainedModel, descriptor: ModelDescriptor) -> list[str]:
+    """Return the modules that stand beside the language model: vision and audio towers, their projectors.
+
+    What they compute goes into the input embeddings, so they live with the first block. A plain language
+    model has none.
+    """
+    inner = descriptor.layers.split(".")[:-1]  # the path to the backbone
+    ends = [f"{end}." for end in (descriptor.embedding, descriptor.final_norm, descriptor.head) if end]
+    found = []
+    for depth, on_the_way in enumerate(inner):
+        prefix = "".join(f"{name}." for name in inner[:depth])
+        siblings = model.get_submodule(prefix.rstrip(".")).named_children()
+        names = [
+            f"{prefix}{name}" for name, module in siblings if name != on_the_way and _has_tensors(module)
+        ]
+        found += [name for name in names if not any(end.startswith(f"{name}.") for end in ends)]
+    return found
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(), *module.buffers()))
 
 
 def build_skeleton(

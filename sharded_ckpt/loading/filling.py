@@ -49,6 +49,20 @@ def cast_rule(wanted: Mapping[str, torch.dtype]) -> Callable[[str, torch.dtype],
     return rule
 
 
+def check_castable(
+    plan: LoadPlan, wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.dtype]
+) -> None:
+    """Make sure that transformers' loader, which casts whatever it is given, is given nothing quantised.
+
+    Raises:
+        CheckpointError: The model wants floating-point numbers, and the file has bare fp8 or integers.
+    """
+    for name, key in plan.sources.items():
+        target = plan.target(name)
+        if key in found and target in wanted:
+            cast_rule({key: wanted[target].dtype})(key, found[key])
+
+
 def check_shapes(
     plan: LoadPlan, wanted: Mapping[str, torch.Tensor], entries: Mapping[str, Any], files: Mapping[str, str]
 ) -> None:

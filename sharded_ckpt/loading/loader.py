@@ -5,37 +5,46 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import CheckpointError, ConfigError
 from patchers.families import PLAIN_FAMILIES
-from patchers.names import block_of
 from patchers.substitutes import Unowned
 from sharded_ckpt.checkpoint.reader import CheckpointReader
 from sharded_ckpt.checkpoint.tensors import dtype_of
 from sharded_ckpt.config import load_model_config
+from sharded_ckpt.loading.conversions import targets_of
 from sharded_ckpt.loading.filling import (
     cast_rule,
+    check_castable,
     check_complete,
     check_shapes,
     fill_buffers,
     fill_converted,
     fill_directly,
 )
-from sharded_ckpt.loading.on_demand import MOST, OnDemand
+from sharded_ckpt.loading.finishing import casts_of, read_generation_config
+from sharded_ckpt.loading.on_demand import MOST_MAPPED, TensorsOnDemand
 from sharded_ckpt.loading.options import LoadOptions
 from sharded_ckpt.loading.pickled import PickledReader
-from sharded_ckpt.loading.plan import LoadPlan, ModelNames, keys_that_may_feed, plan_load, unexpected_text
+from sharded_ckpt.loading.plan import (
+    LoadPlan,
+    ModelNames,
+    keys_that_may_feed,
+    plan_conversion,
+    plan_load,
+    unexpected_text,
+)
+from sharded_ckpt.loading.quantised import take_coding
 from sharded_ckpt.loading.report import LoadReport
-from sharded_ckpt.model import build_skeleton, create_local_shard_
+from sharded_ckpt.model import build_skeleton, create_local_shard_, num_blocks
 from sharded_ckpt.ownership.plan import check_disjoint_cover, check_ownership
 from sharded_ckpt.ownership.planning import plan_ownership
 from sharded_ckpt.ownership.skeleton import model_bytes
@@ -57,6 +66,10 @@ class ShardLoader:
         """Build the skeleton, decide what is owned, check that the files can feed it. Reads only headers."""
         self.source, self.index = self.reader.source, self.reader.index
         self.config = self._config()
+        self.coding = take_coding(self.config)
+        self.parts = (
+            {key: (key,) for key in self.index} if self.coding is None else self.coding.parts(self.index)
+        )
         self.descriptor = ModelDescriptor.of(self.options.descriptor, self.config)
         self.route = self._route()
         self.dtype = self._dtype()
@@ -70,15 +83,19 @@ class ShardLoader:
         )
         self.whole = self.shard.state_dict(keep_vars=True)
         self.ties = dict(self.shard.all_tied_weights_keys)
+        self.num_blocks = num_blocks(self.shard, self.descriptor)
+        self.targets = None if self.is_plain else targets_of(self.shard, self.whole, self.parts)
         self.owned = self._owned()
         create_local_shard_(self.shard, self.owned, self.descriptor)
         self.wanted = self.shard.state_dict(keep_vars=True)
         self.plan = self._plan()
-        self.keys = list(dict.fromkeys(self.plan.sources.values()))
+        self.keys = [key for name in dict.fromkeys(self.plan.sources.values()) for key in self.parts[name]]
         self.entries = self.reader.headers(self.keys)
         self.nbytes = sum(entry.nbytes for entry in self.entries.values())
         if self.is_plain:
             check_shapes(self.plan, self.wanted, self.entries, self.index.weight_map)
+        else:
+            check_castable(self.plan, self.wanted, self._found_dtypes())
         if not self.options.is_read_ahead:
             self.reader.prefetch(self.keys)
 
@@ -106,7 +123,7 @@ class ShardLoader:
                 f"{doing}: rank {other} loads another model than rank 0 (other tensors, or other block "
                 "configs); all ranks must load the same one, or be told their owned_block_indexes"
             )
-        check_disjoint_cover([rank["owned"] for rank in ranks], self.config.num_hidden_layers)
+        check_disjoint_cover([rank["owned"] for rank in ranks], self.num_blocks)
 
     def _fingerprint(self) -> str:
         shapes = sorted((name, tuple(t.shape)) for name, t in self.whole.items())
@@ -130,7 +147,7 @@ class ShardLoader:
         """Give the shard what transformers gives a loaded model, check it, and attach the report."""
         model = self.shard
         model.config.name_or_path = model.name_or_path = self._name_or_path()
-        self._generation_config(model)
+        read_generation_config(model, self.source)
         made = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         check_complete(made, self.device)
         report = self._report(made)
@@ -154,8 +171,7 @@ class ShardLoader:
     @property
     def is_plain(self) -> bool:
         """Whether the files hold the model's tensors as they are, by name, shape and dtype."""
-        quantised = getattr(self.config, "quantization_config", None) is not None
-        return self.descriptor.family in PLAIN_FAMILIES and not quantised
+        return self.descriptor.family in PLAIN_FAMILIES and self.coding is None
 
     def _route(self) -> str:
         """Choose the way in: direct where it is known to be exact."""
@@ -187,18 +203,13 @@ class ShardLoader:
         return [dtype for dtype in asked if dtype is not None and dtype != "auto"]
 
     def _owned(self) -> set[int]:
-        count = self.config.num_hidden_layers
         if self.options.owned != "auto":
-            return check_ownership(self.options.owned, count)  # type: ignore[arg-type]
+            return check_ownership(self.options.owned, self.num_blocks)  # type: ignore[arg-type]
         costs = model_bytes(self.shard, self.descriptor)
         plan = plan_ownership(costs, self.runtime.world_size)
         return set(plan.blocks[self.runtime.global_rank])
 
     def _plan(self) -> LoadPlan:
-        if not self.is_plain:
-            stubs = [module.name for module in self.shard.modules() if isinstance(module, Unowned)]
-            hinted = keys_that_may_feed(self.index.keys(), self.owned, stubs)
-            return LoadPlan({key: key for key in hinted})
         names = ModelNames(
             whole=self.whole,
             owned=self.wanted,
@@ -206,13 +217,23 @@ class ShardLoader:
             prefix=self.shard.base_model_prefix,
             ignorable=_ignorable(self.shard),
         )
-        plan = plan_load(names, self.index.keys(), self.index.location)
+        if self.is_plain:
+            plan = plan_load(names, self.index.keys(), self.index.location)
+        elif self.targets is not None:
+            plan = plan_conversion(names, self.targets)
+        else:
+            stubs = [module.name for module in self.shard.modules() if isinstance(module, Unowned)]
+            hinted = keys_that_may_feed(self.parts, self.owned, stubs)
+            plan = LoadPlan({key: key for key in hinted})
         if plan.unexpected and self.options.strict:
             raise CheckpointError(unexpected_text(plan.unexpected, self.index.location))
         return plan
 
-    def _found_dtype(self, key: str) -> torch.dtype:
-        return dtype_of(key, self.entries[key], self.index.weight_map[key])
+    def _found_dtypes(self) -> dict[str, torch.dtype]:
+        """Return the dtype that each tensor of the plan has in the files; quantised ones have none."""
+        plain = (self.parts[key] for key in self.plan.sources.values())
+        weight_map = self.index.weight_map
+        return {key: dtype_of(key, self.entries[key], weight_map[key]) for key, *more in plain if not more}
 
     def _wanted_dtypes(self) -> dict[str, torch.dtype]:
         return {key: self.wanted[name].dtype for name, key in self.plan.sources.items()}
@@ -237,39 +258,18 @@ class ShardLoader:
         model, info = fill_converted(
             self.descriptor, self.config, self.options.block_configs, self.owned, state, options
         )
-        spare = tuple(sorted(key for key in info["unexpected_keys"] if self._is_mine(key)))
+        spare = tuple(sorted(info["unexpected_keys"])) if len(self.owned) == self.num_blocks else ()
         if spare and self.options.strict:
             raise CheckpointError(unexpected_text(spare, self.index.location))
         return model
 
-    def _on_demand(self) -> Mapping[str, Any] | None:
-        """Return the tensors unread, if they are to be mapped; what is fused then takes no memory twice."""
-        mapped = self.device.type == "cpu" and not self.options.materialize
-        if not mapped or isinstance(self.reader, PickledReader) or len(self.keys) > MOST:
+    def _on_demand(self) -> TensorsOnDemand | None:
+        """Return the tensors unread: what is not needed stays so, and what is fused takes no memory twice."""
+        is_mapped = self.device.type == "cpu" and not self.options.materialize
+        if is_mapped and self.coding is None and len(self.keys) > MOST_MAPPED:
             return None
-        lock = threading.Lock()
-        return {key: OnDemand(self.reader, key, self.entries[key], lock) for key in self.keys}
-
-    def _is_mine(self, key: str) -> bool:
-        """Whether a key must belong to this shard, for all that its name tells."""
-        both_ends = {0, self.config.num_hidden_layers - 1} <= self.owned
-        return both_ends or block_of(key) is not None
-
-    def _generation_config(self, model: PreTrainedModel) -> None:
-        """Read the generation config; without it, eos and temperature would change silently."""
-        if not model.can_generate():
-            return
-        files = {
-            "generation_config.json": {},
-            "config.json": {"_from_model_config": True},
-        }  # as from_pretrained
-        name = next((name for name in files if self.source.exists(name)), None)
-        if name is None:
-            model.generation_config = GenerationConfig.from_model_config(model.config)
-        else:
-            folder = self.source.local_path(name).parent
-            read: Any = GenerationConfig.from_pretrained
-            model.generation_config = read(folder, name, **files[name])
+        copies = self.device.type == "cpu" and self.options.materialize
+        return TensorsOnDemand(self.reader, self.parts, self.coding, copies, self.progress)
 
     def _report(self, made: Mapping[str, torch.Tensor]) -> LoadReport:
         tensors = {id(tensor): tensor for tensor in made.values()}
@@ -277,27 +277,20 @@ class ShardLoader:
         return LoadReport(
             location=self.source.location,
             blocks=tuple(sorted(self.owned)),
-            num_blocks=self.config.num_hidden_layers,
-            tensors=len(self.plan.sources),
+            num_blocks=self.num_blocks,
+            tensors=len(self.wanted),
             nbytes=sum(t.numel() * t.element_size() for t in tensors.values()),
             seconds=time.perf_counter() - self.started,
             route=self.route,
             unexpected=self.plan.unexpected,
             ignored=self.plan.ignored,
-            cast=self._casts(made),
+            cast=casts_of(self.plan, self._found_dtypes(), made, self.dtype),
+            dequantised=sum(len(self.parts[key]) > 1 for key in self.plan.sources.values()),
             cast_asked=bool(self._asked_dtypes()),
             tied=tuple(name for name, partner in ties if made[name] is made[partner]),
             untied=tuple(name for name, partner in ties if made[name] is not made[partner]),
             revision=self.options.revision,
         )
-
-    def _casts(self, made: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, ...]]:
-        casts: dict[str, list[str]] = {}
-        for name, key in self.plan.sources.items():
-            found = self._found_dtype(key)
-            if name in made and made[name].dtype != found:
-                casts.setdefault(f"{found} -> {made[name].dtype}".replace("torch.", ""), []).append(name)
-        return {kind: tuple(names) for kind, names in casts.items()}
 
 
 def _ignorable(model: PreTrainedModel) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ class PickledReader:
 
     def prefetch(self, keys: Iterable[str]) -> None:
         """Do nothing: the files are open already."""
+
+    def iter_tensors(self, keys: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield tensors one by one."""
+        return ((key, self._tensors[key]) for key in keys)
 
     def read(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from patchers.errors import CheckpointError, MissingKeysError
 from patchers.names import block_of, fold
@@ -17,16 +17,23 @@ class LoadPlan:
     """What a load will read.
 
     Attributes:
-        sources: The key that feeds each tensor of the shard, by the tensor's name.
+        sources: The key that feeds each tensor of the shard, by the name under which it is handed in: that of
+            the tensor, or, where transformers converts, a key that becomes the tensor.
         tied: Pairs of names, both fed, that become one parameter if their values are equal.
         unexpected: Keys that no tensor of the whole model wants.
         ignored: Keys that the family says may be left over.
+        targets: The tensor that each name becomes, where transformers converts.
     """
 
     sources: Mapping[str, str]
     tied: tuple[tuple[str, str], ...] = ()
     unexpected: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    targets: Mapping[str, str] = field(default_factory=dict)
+
+    def target(self, name: str) -> str:
+        """Return the tensor that is fed by what is handed in under a name."""
+        return self.targets.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,29 @@ def plan_load(names: ModelNames, keys: Iterable[str], location: str) -> LoadPlan
     missing = [name for name in names.owned if name not in sources]
     if missing:
         raise MissingKeysError(_missing_text(missing, spare, location))
-    ignorable = re.compile(names.ignorable) if names.ignorable else None
-    ignored = tuple(key for key in spare if ignorable and ignorable.search(key))
-    return LoadPlan(sources, tuple(tied), tuple(key for key in spare if key not in set(ignored)), ignored)
+    unexpected, ignored = _split({key: key for key in spare}, names.ignorable)
+    return LoadPlan(sources, tuple(tied), unexpected, ignored)
+
+
+def plan_conversion(names: ModelNames, targets: Mapping[str, str]) -> LoadPlan:
+    """Choose the keys that feed a shard whose checkpoint transformers converts.
+
+    Whether nothing is missing, its loader finds out: some keys become several tensors.
+
+    Args:
+        names: The tensor names of the model.
+        targets: The tensor that each key of the checkpoint becomes, or would, if the model had it.
+    """
+    sources = {key: key for key, name in targets.items() if name in names.owned}
+    key_of = {name: key for key, name in targets.items()}
+    partner = {**names.ties, **{source: target for target, source in names.ties.items()}}
+    for name in names.owned:
+        other = partner.get(name)
+        if other in key_of and name not in key_of and other not in names.owned:
+            sources[name] = key_of[other]  # one end of a tied pair, without the other
+    spare = {key: name for key, name in targets.items() if name not in names.whole}
+    unexpected, ignored = _split(spare, names.ignorable)
+    return LoadPlan(sources, (), unexpected, ignored, targets)
 
 
 def keys_that_may_feed(keys: Iterable[str], owned: Collection[int], unowned: Collection[str]) -> list[str]:
@@ -119,6 +146,19 @@ def _match(names: ModelNames, keys: Iterable[str], location: str) -> tuple[dict[
                 f"{location}: two keys feed {name}: {found[name]} and {key}; remove one of them"
             )
     return found, spare
+
+
+def _split(spare: Mapping[str, str], ignorable: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Split keys that nothing wants into those that are unexpected and those that may be left over.
+
+    Args:
+        spare: The tensor that each key would become.
+        ignorable: A pattern of keys, or of such tensors.
+    """
+    pattern = re.compile(ignorable) if ignorable else None
+    pairs = spare.items() if pattern else ()
+    ignored = {key: None for key, name in pairs if pattern and (pattern.search(key) or pattern.search(name))}
+    return tuple(key for key in spare if key not in ignored), tuple(ignored)
 
 
 def _canonical(key: str, prefix: str) -> str:

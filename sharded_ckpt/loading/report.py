@@ -23,7 +23,8 @@ class LoadReport:
         route: `direct` (assigned as they are) or `converted` (through transformers' loader).
         unexpected: Keys of the checkpoint that the whole model does not want.
         ignored: Keys that the family says may be left over.
-        cast: The names of tensors whose dtype was changed, by `"found -> made"`.
+        cast: The names of tensors that were cast to the model's dtype, by `"found -> made"`.
+        dequantised: How many tensors were computed from quantised ones and their scales.
         cast_asked: Whether the caller asked for a dtype; else the config and the files disagree.
         tied: Names that share one parameter with another.
         untied: Names that the config calls tied, but whose values differ: they were kept apart.
@@ -39,6 +40,7 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     cast: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dequantised: int = 0
     cast_asked: bool = False
     tied: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
@@ -55,6 +57,7 @@ class LoadReport:
         ]
         why = "as asked" if self.cast_asked else "the config says so, the files do not"
         lines += [f"  cast {kind} ({why}): {len(names)} tensors" for kind, names in self.cast.items()]
+        lines += [f"  dequantised: {self.dequantised} tensors"] if self.dequantised else []
         lines += [f"  unexpected: {fold(self.unexpected)}"] if self.unexpected else []
         lines += [f"  ignored: {fold(self.ignored)}"] if self.ignored else []
         lines += [f"  kept apart although the config says tied: {fold(self.untied)}"] if self.untied else []

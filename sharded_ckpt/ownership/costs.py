@@ -28,7 +28,8 @@ class ModelCosts:
 
     Attributes:
         blocks: The cost of each block.
-        embedding: That of the embedding, which lives with the first block.
+        embedding: That of the embedding and of what stands beside the language model (a vision tower): they
+            live with the first block.
         head: That of final norm and head, which live with the last block; a tied head counts in full.
         by: The measure: one of `MEASURES`, or "seconds" where they were measured.
         everywhere: That of what every rank has, whatever it owns: a position embedding, say.

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from patchers.deci_x import BlockConfigs
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import ConfigError
-from sharded_ckpt.model import build_skeleton
+from sharded_ckpt.model import build_skeleton, outer_modules
 from sharded_ckpt.ownership.costs import ModelCosts
 
 SKELETON_MEASURES = ("bytes", "parameters", "count", "bytes+kv")
@@ -78,19 +78,20 @@ def skeleton_costs(
     return replace(weights, blocks=blocks, by=by)
 
 
-def model_bytes(model: nn.Module, descriptor: ModelDescriptor) -> ModelCosts:
+def model_bytes(model: PreTrainedModel, descriptor: ModelDescriptor) -> ModelCosts:
     """Measure a whole model (on meta, say) by its parameters and buffers. A tied head counts twice."""
     return _weights(model, descriptor, _nbytes, "bytes")
 
 
 def _weights(
-    model: nn.Module, descriptor: ModelDescriptor, size: Callable[[nn.Module], int], by: str
+    model: PreTrainedModel, descriptor: ModelDescriptor, size: Callable[[nn.Module], int], by: str
 ) -> ModelCosts:
     ends = [name for name in (descriptor.final_norm, descriptor.head) if name is not None]
     head = sum(size(model.get_submodule(name)) for name in ends)
     blocks = tuple(size(block) for block in model.get_submodule(descriptor.layers).children())
-    embedding = size(model.get_submodule(descriptor.embedding))
-    others = nn.ModuleList(_others(model, {descriptor.layers, descriptor.embedding, *ends}))
+    first = [descriptor.embedding, *outer_modules(model, descriptor)]
+    embedding = sum(size(model.get_submodule(name)) for name in first)
+    others = nn.ModuleList(_others(model, {descriptor.layers, *first, *ends}))
     return ModelCosts(blocks, embedding, head, by, everywhere=size(others))
 
 
