@@ -9,7 +9,8 @@ sends the token ids to all others; the sign bit of an id says that its row ends 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,12 +103,9 @@ def _prepared(
     whole_class: Any = type(stage.shard)  # the instance's own refuses partial shards
     for part in cut(given, rows):
         own = copy.deepcopy({name: options[name] for name in _WITH_STATE if name in options})
-        whole_class.generate(
-            stage.shard,
-            part.pop("input_ids"),
-            custom_generate=prepared,
-            **{**options, **own, **part, "streamer": None},
-        )
+        arguments = {**options, **own, **part, "streamer": None, "custom_generate": prepared}
+        with _somewhere(stage.shard, stage.runtime.device):
+            whole_class.generate(stage.shard, arguments.pop("input_ids"), **arguments)
     return parts
 
 
@@ -125,6 +123,19 @@ def _with_stop_strings(model: PreTrainedModel, options: Mapping[str, Any]) -> di
             options["generation_config"] = copy.deepcopy(config)
             options["generation_config"].stop_strings = None
     return options
+
+
+@contextmanager
+def _somewhere(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Give a model a parameter if it has none: transformers asks the first one where the model is."""
+    if next(model.parameters(), None) is not None:
+        yield
+        return
+    model.register_parameter("nothing", torch.nn.Parameter(torch.empty(0, device=device)))
+    try:
+        yield
+    finally:
+        del model.nothing
 
 
 def _require_plain(config: GenerationConfig, prepared: Mapping[str, Any]) -> None:
