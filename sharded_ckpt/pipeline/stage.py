@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -122,54 +123,12 @@ class PipelineStage:
         given = {"input_ids": input_ids, **inputs}
         with self.collectively("running the pipeline"), torch.no_grad():
             parts = self.prepared(given, micro_batches, extra=broadcast)
-            shapes = [part["input_ids"].shape for part in parts]
-            passes = zip(parts, self.expecting(shapes), strict=True)
-            outputs = [self.run(part).output for part, _ in passes if self.body.blocks]
+            outputs = [self.run(part).output for part in self.expected(parts)]
             result = joined(outputs) if self.is_last else None
             if broadcast and self.links is not None:
                 result = self._broadcast(result, self.links, inputs.get("labels") is not None)
             self.conclude()
         return result
-
-    def generate(
-        self,
-        inputs: torch.Tensor,
-        *,
-        micro_batches: int | Sequence[int] = 1,
-        seed: int | None = None,
-        **options: Any,
-    ) -> torch.Tensor:
-        """Continue prompts, greedily or by sampling, as transformers' `generate` does in one process.
-
-        The last stage chooses the tokens, with transformers' own logits processors and stopping criteria.
-
-        Args:
-            inputs: `input_ids` `(batch, tokens)`; shorter prompts are padded on the left.
-            micro_batches: Into how many parts the batch is cut so that all stages work at once, or the number
-                of rows of each.
-            seed: For sampling; by default the last rank's default generator goes on.
-            **options: What transformers' `generate` takes: `generation_config` or its fields
-                (`max_new_tokens`, `do_sample`, `temperature`, `prefill_chunk_size`, …), `attention_mask`,
-                `logits_processor`, `stopping_criteria`, `stop_strings` with `tokenizer`, and `streamer`, on
-                any rank.
-
-        Returns:
-            The prompts and what follows, `(batch, tokens)`, the same on every rank.
-
-        Raises:
-            ConfigError: Something other than token ids, or another way of generating, was asked for.
-            CollectiveError: On all ranks: the inputs differ between ranks, or a rank failed or was lost.
-        """
-        from sharded_ckpt.pipeline.generation import generate
-
-        with self.collectively("generating"), torch.no_grad():
-            if self.links is not None:
-                require_runnable(options, self.shard.config)
-                told = {name: value for name, value in options.items() if name != "streamer"}
-                self.links.compare(fingerprint({"input_ids": inputs, **told}, extra=[micro_batches, seed]))
-            made = generate(self, inputs, micro_batches, seed, options)
-            self.conclude()
-        return made
 
     def prepared(
         self, inputs: Mapping[str, Any], micro_batches: int | Sequence[int] = 1, *, extra: Any = None
@@ -196,29 +155,27 @@ class PipelineStage:
             here.pop("labels", None)
         return list(cut(here, sizes))
 
-    def expect(self, shape: Sequence[int]) -> None:
-        """Ask the stage before for the hidden states of a pass, without waiting; they come in this order.
+    def expected(self, parts: Iterable[dict[str, Any]], ahead: int = 2) -> Iterator[dict[str, Any]]:
+        """Yield what is to be run, having asked for the hidden states of the next few passes, too.
 
-        Args:
-            shape: Of the pass's `input_ids`.
+        A rank that owns nothing gets nothing.
         """
-        if self.links is not None and self.links.before is not None:
-            self.links.before.expect(tuple(shape))
-
-    def expecting(self, shapes: Sequence[Sequence[int]], ahead: int = 2) -> Iterator[None]:
-        """Yield before each of some passes, having asked for its hidden states and those of the next ones."""
-        for shape in shapes[:ahead]:
-            self.expect(shape)
-        for index in range(len(shapes)):
-            for shape in shapes[index + ahead : index + ahead + 1]:
-                self.expect(shape)
-            yield
+        if not self.body.blocks:
+            return
+        waiting: deque[dict[str, Any]] = deque()
+        for part in parts:
+            if self.links is not None and self.links.before is not None:
+                self.links.before.expect(tuple(part["input_ids"].shape))
+            waiting.append(part)
+            if len(waiting) > ahead:
+                yield waiting.popleft()
+        yield from waiting
 
     def run(self, inputs: Mapping[str, Any], *, head: bool = True) -> Passed:
         """Run this stage once: take the hidden states that are expected next, run the blocks, send them on.
 
         Args:
-            inputs: Of one micro-batch, as `prepared` gives them, after `expect` or `expecting`.
+            inputs: Of one micro-batch, as `prepared` and `expected` give them.
             head: Whether the last stage is to compute its head, too.
         """
         links = self.links
