@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, GenerationConfig, PreTrainedConfig
 
 from patchers.errors import ConfigError
 from sharded_ckpt.checkpoint.raw import bytes_of
@@ -137,6 +137,8 @@ def _told(value: Any) -> bytes:
         return repr((plain.dtype, tuple(plain.shape))).encode() + bytes_of(plain).numpy().tobytes()
     if isinstance(value, Cache):
         return repr(("cache", _length(value))).encode()
+    if isinstance(value, GenerationConfig):
+        return value.to_json_string().encode()
     plain_data = isinstance(value, (bool, int, float, str, tuple, list, dict, type(None)))
     return (repr(value) if plain_data else type(value).__qualname__).encode()
 

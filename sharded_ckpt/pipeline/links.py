@@ -14,7 +14,7 @@ from patchers.errors import CollectiveError, ConfigError
 from sharded_ckpt.pipeline.hop import HopIn, HopOut, receive_described, send_described
 from sharded_ckpt.pipeline.inputs import differing
 from sharded_ckpt.pipeline.lineup import Lineup
-from sharded_ckpt.pipeline.wire import Wire
+from sharded_ckpt.pipeline.wire import Arrival, Wire
 from sharded_ckpt.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Links:
         done = torch.zeros(1, dtype=torch.int64)
         head = self._lineup.head_rank
         if self._rank != head:
-            self.back.ask(done.shape, done.dtype, head).wait()
+            self.ask_last(done.shape, done.dtype).wait()
         else:  # those that own nothing did not take part, and could still be elsewhere
             for ranks in (self._lineup.idle, self._lineup.ranks[:-1]):
                 for rank in ranks:
@@ -88,6 +88,10 @@ class Links:
         """Send a tensor from the last stage to all other ranks."""
         for rank in self._others():
             self.back.send(tensor, rank)
+
+    def ask_last(self, shape: Sequence[int], dtype: torch.dtype) -> Arrival:
+        """Ask for the next tensor that the last stage tells all."""
+        return self.back.ask(shape, dtype, self._lineup.head_rank)
 
     def share(self, tensors: Sequence[torch.Tensor] | None, count: int) -> list[torch.Tensor]:
         """Return, on every rank, the tensors that the last stage gives, of whatever shapes.

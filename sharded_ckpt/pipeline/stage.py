@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from patchers.descriptor import ModelDescriptor
 from sharded_ckpt.checkpoint.coordinator import together
-from sharded_ckpt.pipeline.body import Passed, StageBody
+from sharded_ckpt.pipeline.body import Passed, Received, StageBody
 from sharded_ckpt.pipeline.failure import failing_together
 from sharded_ckpt.pipeline.inputs import (
     cut,
@@ -25,6 +25,8 @@ from sharded_ckpt.pipeline.inputs import (
 )
 from sharded_ckpt.pipeline.lineup import Lineup, require_own_keys
 from sharded_ckpt.pipeline.links import Links
+from sharded_ckpt.pipeline.shared_parameters import SharedParameter, shared_parameters
+from sharded_ckpt.pipeline.training_step import LossFunction, clip_grad_norm_, train_step
 from sharded_ckpt.runtime import as_runtime
 
 
@@ -43,6 +45,7 @@ class PipelineStage:
 
     Attributes:
         shard: The model.
+        descriptor: Where its family keeps its parts.
         body: Runs this rank's blocks on hidden states, without communication.
         lineup: Which rank runs which blocks.
         links: The connections to the other ranks; None for a single stage.
@@ -69,7 +72,8 @@ class PipelineStage:
         self.shard, self.runtime = model_shard, as_runtime(runtime)
         control = self.runtime.control
         with together(control, "making the stages of a pipeline"):
-            self.body = StageBody(model_shard, descriptor)
+            self.descriptor = ModelDescriptor.of(descriptor, model_shard.config)
+            self.body = StageBody(model_shard, self.descriptor)
             described = [list(self.body.blocks), model_shard.config.num_hidden_layers]
         told = control.gather(described, "lining up the stages of a pipeline")
         self.lineup = Lineup(tuple(tuple(owned) for owned, _ in told), max(count for _, count in told))
@@ -123,12 +127,118 @@ class PipelineStage:
         given = {"input_ids": input_ids, **inputs}
         with self.collectively("running the pipeline"), torch.no_grad():
             parts = self.prepared(given, micro_batches, extra=broadcast)
-            outputs = [self.run(part).output for part in self.expected(parts)]
+            shapes = [part["input_ids"].shape for part in parts]
+            passes = zip(parts, self.expecting(shapes), strict=True)
+            outputs = [self.run(part).output for part, _ in passes if self.body.blocks]
             result = joined(outputs) if self.is_last else None
             if broadcast and self.links is not None:
                 result = self._broadcast(result, self.links, inputs.get("labels") is not None)
             self.conclude()
         return result
+
+    def generate(
+        self,
+        inputs: torch.Tensor,
+        *,
+        micro_batches: int | Sequence[int] = 1,
+        seed: int | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Continue prompts, greedily or by sampling, as transformers' `generate` does in one process.
+
+        The last stage chooses the tokens, with transformers' own logits processors and stopping criteria.
+
+        Args:
+            inputs: `input_ids` `(batch, tokens)`; shorter prompts are padded on the left.
+            micro_batches: Into how many parts the batch is cut so that all stages work at once, or the number
+                of rows of each.
+            seed: For sampling; by default the last rank's default generator goes on.
+            **options: What transformers' `generate` takes: `generation_config` or its fields
+                (`max_new_tokens`, `do_sample`, `temperature`, `prefill_chunk_size`, …), `attention_mask`,
+                `logits_processor`, `stopping_criteria`, `stop_strings` with `tokenizer`, and `streamer`, on
+                any rank.
+
+        Returns:
+            The prompts and what follows, `(batch, tokens)`, the same on every rank.
+
+        Raises:
+            ConfigError: Something other than token ids, or another way of generating, was asked for.
+            CollectiveError: On all ranks: the inputs differ between ranks, or a rank failed or was lost.
+        """
+        from sharded_ckpt.pipeline.generation import generate
+
+        with self.collectively("generating"), torch.no_grad():
+            if self.links is not None:
+                require_runnable(options, self.shard.config)
+                told = {name: value for name, value in options.items() if name != "streamer"}
+                self.links.compare(fingerprint({"input_ids": inputs, **told}, extra=[micro_batches, seed]))
+            made = generate(self, inputs, micro_batches, seed, options)
+            self.conclude()
+        return made
+
+    def train_step(
+        self,
+        batch: Mapping[str, Any],
+        loss_fn: LossFunction | None = None,
+        *,
+        micro_batches: int | Sequence[int] = 1,
+        num_items_in_batch: int | None = None,
+    ) -> torch.Tensor:
+        """Run forward and backward: every rank's parameters get the gradients that they get in one process.
+
+        Gradients add up from call to call, as with `backward()`, until the optimizer's `zero_grad`. Each rank
+        has an optimizer of its own, of its shard's parameters. Copies of a parameter on several ranks (the
+        ends of a tied model) get the same gradient, so with the same optimizer they stay equal. Frozen
+        parameters, `train()` and transformers' gradient checkpointing work as in one process; dropout draws
+        other numbers.
+
+        Args:
+            batch: `input_ids` `(batch, tokens)` and what else the model's forward takes, the same on every
+                rank. `labels` and what the forward does not take are for the loss; they count on the rank of
+                the head.
+            loss_fn: `loss_fn(outputs, micro_batch, num_items_in_batch)` returns what a micro-batch adds to
+                the loss: a sum over its items, divided by their number in the whole batch. By default the
+                model's own loss, the mean over all tokens with a label.
+            micro_batches: Into how many parts the batch is cut, or the rows of each.
+            num_items_in_batch: What the loss is divided by; by default the labels that count in this batch.
+                Where the gradients of several calls add up to one step, their number in all of them.
+
+        Returns:
+            The loss of the batch, on every rank.
+
+        Raises:
+            ConfigError: There are no labels and no `loss_fn`, or nothing is trained.
+            CollectiveError: On all ranks: the inputs differ between ranks, or a rank failed or was lost.
+
+        Example:
+            >>> from sharded_ckpt import load_and_shard_model
+            >>> stage = PipelineStage(load_and_shard_model("auto", checkpoint, materialize=True))
+            >>> optimizer = torch.optim.AdamW(stage.shard.parameters(), lr=1e-4)
+            >>> ids = torch.tensor([[1, 5, 7, 9], [1, 6, 8, 9]])
+            >>> loss = stage.train_step({"input_ids": ids, "labels": ids}, micro_batches=2)
+            >>> norm = stage.clip_grad_norm_(1.0)
+            >>> optimizer.step()
+        """
+        return train_step(
+            self, batch, loss_fn, micro_batches=micro_batches, num_items_in_batch=num_items_in_batch
+        )
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Scale the gradients of all ranks down to a norm, as `torch.nn.utils.clip_grad_norm_` does in one.
+
+        Args:
+            max_norm: The most that the norm over all ranks may be; `math.inf` only measures.
+            norm_type: Which norm; `math.inf` for that of the largest element.
+
+        Returns:
+            The norm as it was, on every rank; a parameter of which several ranks hold copies counts once.
+        """
+        return clip_grad_norm_(self, max_norm, norm_type)
+
+    @functools.cached_property
+    def shared_parameters(self) -> tuple[SharedParameter, ...]:
+        """The parameters of which several ranks hold copies; collective when it is first asked for."""
+        return shared_parameters(self)
 
     def prepared(
         self, inputs: Mapping[str, Any], micro_batches: int | Sequence[int] = 1, *, extra: Any = None
@@ -155,31 +265,42 @@ class PipelineStage:
             here.pop("labels", None)
         return list(cut(here, sizes))
 
-    def expected(self, parts: Iterable[dict[str, Any]], ahead: int = 2) -> Iterator[dict[str, Any]]:
-        """Yield what is to be run, having asked for the hidden states of the next few passes, too.
+    def expect(self, shape: Sequence[int]) -> None:
+        """Ask the stage before for the hidden states of a pass, without waiting; they come in this order.
 
-        A rank that owns nothing gets nothing.
+        Args:
+            shape: Of the pass's `input_ids`.
         """
-        if not self.body.blocks:
-            return
-        waiting: deque[dict[str, Any]] = deque()
-        for part in parts:
-            if self.links is not None and self.links.before is not None:
-                self.links.before.expect(tuple(part["input_ids"].shape))
-            waiting.append(part)
-            if len(waiting) > ahead:
-                yield waiting.popleft()
-        yield from waiting
+        if self.links is not None and self.links.before is not None:
+            self.links.before.expect(tuple(shape))
 
-    def run(self, inputs: Mapping[str, Any], *, head: bool = True) -> Passed:
+    def expecting(self, shapes: Sequence[Sequence[int]], ahead: int = 2) -> Iterator[None]:
+        """Yield before each of some passes, having asked for its hidden states and those of the next ones."""
+        for shape in shapes[:ahead]:
+            self.expect(shape)
+        for index in range(len(shapes)):
+            for shape in shapes[index + ahead : index + ahead + 1]:
+                self.expect(shape)
+            yield
+
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        head: bool = True,
+        arriving: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Passed:
         """Run this stage once: take the hidden states that are expected next, run the blocks, send them on.
 
         Args:
-            inputs: Of one micro-batch, as `prepared` and `expected` give them.
+            inputs: Of one micro-batch, as `prepared` gives them, after `expect` or `expecting`.
             head: Whether the last stage is to compute its head, too.
+            arriving: Given the hidden states that arrive, returns those to start from.
         """
         links = self.links
         received = links.before.take if links is not None and links.before is not None else None
+        if received is not None and arriving is not None:
+            received = _then(received, arriving)
         passed = self.body.run(inputs, received, head=head)
         if links is not None and links.after is not None:
             links.after.send(tuple(inputs["input_ids"].shape), passed.hidden_states)
@@ -205,6 +326,10 @@ class PipelineStage:
         if output is not None:
             return output
         return CausalLMOutputWithPast(logits=told[0], loss=told[1] if has_loss else None)
+
+
+def _then(received: Received, arriving: Callable[[torch.Tensor], torch.Tensor]) -> Received:
+    return lambda: arriving(received())
 
 
 def _here(value: Any, device: torch.device) -> Any:

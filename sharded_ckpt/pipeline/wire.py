@@ -27,6 +27,7 @@ MOST_UNDER_WAY = 8
 
 
 _AT_ONCE = timedelta(milliseconds=1)
+_NEVER_SENT = 1  # a tag: gloo ends the process if what has come already is larger than what is waited for
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Wire:
         self._group.abort()
         peer = (self._group.rank() + 1) % self._group.size()
         with suppress(RuntimeError):  # gloo knows no abort, but a wait in vain closes a group's connections
-            work = dist.irecv(torch.empty(1), group=self._group, group_src=peer)
+            work = dist.irecv(torch.empty(1), group=self._group, group_src=peer, tag=_NEVER_SENT)
             if work is not None:
                 work.wait(_AT_ONCE)
 

@@ -44,3 +44,14 @@ def decoded(checkpoint: Path, owned: Owned, ids: torch.Tensor, prompt: int, **in
         mask = {name: value[:, :end] for name, value in inputs.items()}
         outputs.append(stage(ids[:, start:end], past_key_values=cache, **mask))
     return [None if output is None else output.logits for output in outputs]
+
+
+def generated(checkpoint: Path, owned: Owned, calls: Sequence[dict[str, Any]]) -> list[torch.Tensor]:
+    """Return the tokens of each call of `generate`; `manual_seed` sets torch's own generator before it."""
+    stage = stage_of(checkpoint, owned)
+    tokens = []
+    for call in calls:
+        options = dict(call)
+        torch.manual_seed(options.pop("manual_seed", 0))
+        tokens.append(stage.generate(**options))
+    return tokens
