@@ -10,7 +10,7 @@ from patchers.block_config import BlockConfig, MoEConfig
 from patchers.block_fields import whole_number
 from patchers.errors import BlockConfigError
 
-_ALIASES: dict[str, tuple[str, ...]] = {
+SIZE_FIELDS: dict[str, tuple[str, ...]] = {
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "hidden_size": ("hidden_size", "n_embd", "d_model"),
     "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
@@ -25,7 +25,16 @@ _ALIASES: dict[str, tuple[str, ...]] = {
         "shared_intermediate_size",
     ),
 }
-_SHARED_EXPERT_COUNTS = ("n_shared_experts", "moe_num_shared_experts")
+"""The names under which configs of transformers' families say a size. Of each, the first that a config has is
+taken to say it for the whole model."""
+
+SHARED_EXPERT_COUNTS = (
+    "n_shared_experts",
+    "moe_num_shared_experts",
+    "num_shared_expert",
+    "num_shared_experts",
+)
+"""The names of the number of shared experts, where the shared expert is a multiple of a routed one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +62,7 @@ class FieldNames:
         """
         found = {
             size: next((alias for alias in aliases if alias in config), aliases[0])
-            for size, aliases in _ALIASES.items()
+            for size, aliases in SIZE_FIELDS.items()
         }
         # Families either give experts a width of their own or reuse the dense one (mixtral, gpt_oss).
         own_width = config.get("moe_intermediate_size") is not None
@@ -94,7 +103,7 @@ class BaseSizes:
                 model is nested.
         """
         names = names or FieldNames.of(config)
-        layers = _size(config, names.num_hidden_layers)
+        layers = _size(config, names.num_hidden_layers) or _listed_layers(config)
         if layers is None:
             raise BlockConfigError(_no_layers(config, names))
         hidden, heads = _size(config, names.hidden_size), _size(config, names.num_attention_heads)
@@ -181,7 +190,7 @@ def _base_moe(config: Mapping[str, Any], names: FieldNames) -> MoEConfig | None:
         return None
     width = _size(config, names.expert_intermediate_size)
     shared = _size(config, names.shared_expert_intermediate_size, least=0)
-    counts = (_size(config, name, least=0) for name in _SHARED_EXPERT_COUNTS)
+    counts = (_size(config, name, least=0) for name in SHARED_EXPERT_COUNTS)
     count = next((count for count in counts if count is not None), None)
     if shared is None and count is not None and width is not None:
         shared = count * width
@@ -190,6 +199,12 @@ def _base_moe(config: Mapping[str, Any], names: FieldNames) -> MoEConfig | None:
 
 def _even_head_dim(hidden: int | None, heads: int | None) -> int | None:
     return hidden // heads if hidden and heads and hidden % heads == 0 else None
+
+
+def _listed_layers(config: Mapping[str, Any]) -> int | None:
+    """The number of layers where a config only lists their kinds (nemotron_h)."""
+    kinds = config.get("layers_block_type")
+    return len(kinds) if isinstance(kinds, list | tuple) else None
 
 
 def _no_layers(config: Mapping[str, Any], names: FieldNames) -> str:

@@ -7,7 +7,6 @@ that a family does not honour is an error, never a silent no-op.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,18 +16,18 @@ from transformers import PreTrainedConfig
 from transformers.integrations import heterogeneity
 
 from patchers.activation import patched_init, unpatched
-from patchers.base_sizes import FieldNames
 from patchers.block_config import BlockConfig
-from patchers.descriptor import ModelDescriptor, SubBlock, text_config_of
+from patchers.descriptor import ModelDescriptor, text_config_of
 from patchers.dialects import Dialect, parse_blocks, read_block_configs
 from patchers.dialects.detection import fields_present
-from patchers.errors import BlockConfigError, FamilyError, PatchError
-from patchers.layer_config import base_config, layer_config
-from patchers.measure import built_block
-from patchers.substitutes import LinearAttention, LinearFFN, NoAttention, NoFFN, NoNorm
+from patchers.errors import BlockConfigError, FamilyError
+from patchers.families import PLAIN_FAMILIES
+from patchers.layer_maker import NO_INDEX, LayerMaker
+from patchers.size_fields import LayerFields, overridden
+from patchers.size_marks import sides_of
+from patchers.size_plan import SizePlan, plan_sizes
+from patchers.substitution import substitute
 
-_INDEX_ARGUMENTS = ("layer_idx", "layer_id", "idx", "layer_number", "layer_index", "i")
-_NO_INDEX = object()
 BlockConfigs = Sequence[BlockConfig | Mapping[str, Any]] | Mapping[Any, Any]
 """One entry a block, a `BlockConfig` or a dict in any dialect; or the sparse mapping of per_layer_config."""
 
@@ -67,7 +66,7 @@ def deci_x_patcher(
         torch.Size([16, 32])
     """
     descriptor = ModelDescriptor.of(model_descriptor)
-    _ = descriptor.attention  # tried out here: the caller may build on meta, where nothing can be tried
+    _ = descriptor.layer_kinds  # tried out here, before anything is built
     patcher = _Patcher(descriptor, block_configs)
     with patched_init(descriptor.layer_classes, patcher.build):
         yield
@@ -128,87 +127,69 @@ class _Patcher:
 
     def __init__(self, descriptor: ModelDescriptor, asked: BlockConfigs | None) -> None:
         self.descriptor, self.asked = descriptor, asked
-        self._known: tuple[PreTrainedConfig, Any, dict[str, Any], list[BlockConfig] | None] | None = None
+        self._known: tuple[PreTrainedConfig, Any, list[BlockConfig] | None] | None = None
         self._building: set[int] = set()
+        self._fields: dict[Any, LayerFields] = {}
 
     def build(self, layer: nn.Module, true_init: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Build one decoder layer in place of its `__init__`."""
-        call = inspect.signature(true_init).bind(layer, *args, **kwargs)
-        call.apply_defaults()
-        config_name, config = _config_argument(call)
-        if config is None and self.asked is None:  # nobody can say anything of this layer
-            true_init(layer, *args, **kwargs)
+        make = LayerMaker(layer, true_init, args, kwargs)
+        known = self._known[2] if self._known else None
+        if make.config is None and (self.asked is None or (known and set(known) == {BlockConfig()})):
+            true_init(layer, *args, **kwargs)  # nobody says anything of this layer
             return
-        if config is None:
+        if make.config is None:
             raise FamilyError(
                 f"{type(layer).__name__} is not built from a config, so its blocks cannot be changed"
             )
-        index = _layer_index(call)
-        base, blocks = self._read(config, index)
+        blocks = self._read(make.config, make.index)
         # a layer class that calls another patched one is built once
         if blocks is None or id(layer) in self._building:
             true_init(layer, *args, **kwargs)
             return
-        _check_index(index, layer, len(blocks))
-        self._refuse_unsupported(blocks[index], index)
-        call.arguments[config_name] = layer_config(config, _overrides(config, base, blocks[index], index))
-        self._building.add(id(layer))
-        try:
-            true_init(*call.args, **call.kwargs)
-        finally:
-            self._building.discard(id(layer))
-        _verify(layer, blocks[index], base, index)
-        _substitute(layer, self.descriptor, blocks[index], config.hidden_size, index)
+        _check_index(make.index, layer, len(blocks))
+        self._build(make, blocks[make.index])
 
-    def _read(self, config: PreTrainedConfig, index: Any) -> tuple[dict[str, Any], list[BlockConfig] | None]:
-        """Return the config as a mapping and its blocks; read once a model, not once a layer."""
+    def _build(self, make: LayerMaker, block: BlockConfig) -> None:
+        plan = self._plan_sizes(block, make)
+        self._building.add(id(make.layer))
+        try:
+            make.into(make.layer, overridden(make.seen, plan.values, make.index))
+        finally:
+            self._building.discard(id(make.layer))
+        plan.check(make.layer, make.index)
+        if not (block.attention.is_native and block.ffn.is_native):
+            substitute(make.layer, self.descriptor, block, make.seen.hidden_size, make.index)
+
+    def _read(self, config: PreTrainedConfig, index: Any) -> list[BlockConfig] | None:
+        """Return the blocks of a config; read once a model, not once a layer."""
         known = self._known
         is_next = known is not None and known[0] is config and isinstance(index, int) and index > known[1]
         if known is None or not is_next:  # another model begins, and the config may have been changed
-            base = config.to_dict()
-            known = (config, index, base, _parsed(base, self.asked))
-        self._known = (config, index, known[2], known[3])
-        return known[2], known[3]
+            known = (config, index, _parsed(config.to_dict(), self.asked))
+            self._fields = {}
+        self._known = (config, index, known[2])
+        return known[2]
 
-    def _refuse_unsupported(self, block: BlockConfig, index: int) -> None:
-        family = self.descriptor.family
-        if block.ffn.moe is not None:
-            raise FamilyError(
-                f"block {index} asks for experts (moe), which are not built for {family} so far"
-            )
-        for kind, part, wanted in (
-            ("attention", self.descriptor.attention, block.attention),
-            ("FFN", self.descriptor.ffn, block.ffn),
-        ):
-            changed = wanted.no_op or wanted.replace_with_linear
-            if part is None and (changed or _size_of(wanted) is not None):
-                raise FamilyError(
-                    f"block {index} changes its {kind}, but layers of {family} have no single {kind}"
-                )
-            if part is not None and changed and not part.removable:
-                raise FamilyError(
-                    f"block {index} removes its {kind}, but in {family} a layer without it is not the "
-                    "identity: zeros in its place would be silently wrong"
-                )
+    def _plan_sizes(self, block: BlockConfig, make: LayerMaker) -> SizePlan:
+        if not _says_sizes(block):
+            return SizePlan()
+        key: Any = type(make.layer)
+        if self.descriptor.family not in PLAIN_FAMILIES or make.native:  # layers of one class may differ
+            key = (key, tuple(sides_of(make.on_meta({})).items()))
+        if key not in self._fields:
+            kind = self.descriptor.kind_of(make.on_meta({}))
+            self._fields[key] = LayerFields(make.seen, make.index, kind, make.on_meta)
+        return plan_sizes(block, self._fields[key], self.descriptor.family, make.index)
 
 
-def _size_of(wanted: Any) -> int | None:
-    return getattr(wanted, "num_key_value_heads", None) or getattr(wanted, "intermediate_size", None)
-
-
-def _config_argument(call: inspect.BoundArguments) -> tuple[str, PreTrainedConfig | None]:
-    for name, value in call.arguments.items():
-        if isinstance(value, PreTrainedConfig):
-            return name, base_config(value)
-    return "", None
-
-
-def _layer_index(call: inspect.BoundArguments) -> Any:
-    return next((call.arguments[name] for name in _INDEX_ARGUMENTS if name in call.arguments), _NO_INDEX)
+def _says_sizes(block: BlockConfig) -> bool:
+    sizes = (block.attention.num_key_value_heads, block.ffn.intermediate_size, block.ffn.moe)
+    return any(size is not None for size in sizes)
 
 
 def _check_index(index: Any, layer: nn.Module, count: int) -> None:
-    if index is _NO_INDEX:
+    if index is NO_INDEX:
         raise FamilyError(
             f"{type(layer).__name__} is not told its layer index, so its blocks cannot be changed"
         )
@@ -216,55 +197,6 @@ def _check_index(index: Any, layer: nn.Module, count: int) -> None:
         raise BlockConfigError(
             f"{type(layer).__name__} was built with layer index {index!r}; there are {count} block configs"
         )
-
-
-def _overrides(
-    config: PreTrainedConfig, base: Mapping[str, Any], block: BlockConfig, index: int
-) -> dict[str, Any]:
-    """Return the attributes that this layer sees otherwise than the model."""
-    native = vars(config).get("_heterogeneity_spec")
-    said = config.per_layer_config[index] if native else None
-    overrides = {name: getattr(said, name) for name in native.per_layer_attributes} if native else {}
-    names = FieldNames.of(base)
-    sizes = {
-        names.num_key_value_heads: block.attention.num_key_value_heads,
-        names.intermediate_size: block.ffn.intermediate_size,
-    }
-    return {**overrides, **{name: size for name, size in sizes.items() if size is not None}}
-
-
-def _substitute(
-    layer: nn.Module, descriptor: ModelDescriptor, block: BlockConfig, hidden_size: int, index: int
-) -> None:
-    attention, ffn = descriptor.attention, descriptor.ffn
-    if attention and block.attention.no_op:
-        _exchange(layer, attention, NoAttention(index, attention.arity), drop_norms=True)
-    elif attention and block.attention.replace_with_linear:
-        _exchange(layer, attention, LinearAttention(hidden_size, index, attention.arity))
-    if ffn and block.ffn.no_op:
-        _exchange(layer, ffn, NoFFN(ffn.arity), drop_norms=True)
-    elif ffn and block.ffn.replace_with_linear:
-        _exchange(layer, ffn, LinearFFN(hidden_size, ffn.arity))
-
-
-def _exchange(layer: nn.Module, part: SubBlock, substitute: nn.Module, drop_norms: bool = False) -> None:
-    setattr(layer, part.name, substitute)
-    for norm in part.norms if drop_norms else ():
-        setattr(layer, norm, NoNorm())
-
-
-def _verify(layer: nn.Module, wanted: BlockConfig, base: Mapping[str, Any], index: int) -> None:
-    """Compare the shapes that were built with the sizes that were asked for."""
-    found = built_block(layer, base)
-    for field, asked, made in (
-        ("num_key_value_heads", wanted.attention.num_key_value_heads, found.attention.num_key_value_heads),
-        ("intermediate_size", wanted.ffn.intermediate_size, found.ffn.intermediate_size),
-    ):
-        if asked is not None and made != asked:
-            raise PatchError(
-                f"block {index} asks for {field}={asked}, but {type(layer).__name__} built {made}: its "
-                f"family does not honour {field} layer by layer"
-            )
 
 
 __all__ = ["BlockConfigs", "as_described", "blocks_of", "deci_x_patcher"]

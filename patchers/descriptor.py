@@ -7,8 +7,10 @@ comes from trying it: a removed part is right only where a layer without its par
 
 from __future__ import annotations
 
+import copy
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from patchers.activation import unpatched
 from patchers.errors import ConfigError, FamilyError
 from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
 from patchers.meta import build_on_meta
-from patchers.probe import LayerProbe, SubBlock, probe_layers
+from patchers.probe import LayerKind, SubBlock, is_structured_as, probe_layers, structure_of
 from patchers.versions import warn_if_untested
 
 
@@ -41,9 +43,8 @@ class ModelDescriptor:
         final_norm: Dotted name of the norm after the last layer, or None.
         head: Dotted name of the output projection, or None.
         layer_classes: The classes of the layers.
-        layer_arity: What a layer returns: 0 for a bare tensor, else the length of the tuple.
-        attention: The attention of a layer; None if the family has no single one.
-        ffn: The FFN of a layer; None if the family has no single one.
+        probe: Finds out how the layers work. Called once, when somebody asks: running layers takes longer
+            than a warm load.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -59,28 +60,73 @@ class ModelDescriptor:
     final_norm: str | None
     head: str | None
     layer_classes: tuple[type[nn.Module], ...]
-    layer_arity: int
-    attention: SubBlock | None
-    ffn: SubBlock | None
+    probe: Callable[[], tuple[LayerKind, ...]] = field(repr=False, compare=False)
 
-    def __getattr__(self, name: str) -> Any:
-        # a descriptor of a plain family is made without these: trying them out takes longer than a warm load
-        if name not in ("layer_arity", "attention", "ffn") or self.family not in PLAIN_FAMILIES:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        vars(self).update(_probed_plain(self.family))
-        return vars(self)[name]
+    @functools.cached_property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds of layers that a model has, and how each works.
+
+        Raises:
+            FamilyError: The layers cannot be run on the meta device.
+        """
+        return self.probe()
+
+    @property
+    def layer_arity(self) -> int:
+        """What a layer returns: 0 for a bare tensor, else the length of the tuple."""
+        arities = {kind.arity for kind in self.layer_kinds}
+        if len(arities) != 1:
+            raise FamilyError(f"layers of {self.family} return in several forms: {sorted(arities)}")
+        return arities.pop()
+
+    @property
+    def attention(self) -> SubBlock | None:
+        """The attention of a layer; None if the layers do not all have the same single one."""
+        return _the_one(kind.attention for kind in self.layer_kinds)
+
+    @property
+    def ffn(self) -> SubBlock | None:
+        """The FFN of a layer; None if the layers do not all have the same single one."""
+        return _the_one(kind.ffn for kind in self.layer_kinds)
+
+    def kind_of(self, layer: nn.Module) -> LayerKind:
+        """Return the kind of a layer as its own class has built it.
+
+        Raises:
+            FamilyError: The model that this descriptor was derived from had no such layer.
+        """
+        structure = structure_of(layer)
+        for kind in self.layer_kinds:
+            if is_structured_as(structure, kind.structure):
+                return kind
+        parts = ", ".join(f"{name} ({cls.__name__})" for name, cls in structure[1])
+        raise FamilyError(
+            f"{type(layer).__name__} has the parts {parts}, which no layer had when the descriptor of "
+            f"{self.family} was derived; derive it from this model's own config: "
+            "ModelDescriptor.from_config(config)"
+        )
 
     @classmethod
-    def from_config(cls, config: PreTrainedConfig) -> ModelDescriptor:
+    def from_config(
+        cls, config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None
+    ) -> ModelDescriptor:
         """Derive the descriptor of the native model that a config builds.
+
+        Args:
+            config: Of the model.
+            model_class: The class to describe, where transformers' Auto classes do not know it.
 
         Raises:
             FamilyError: The config is not that of a causal language model whose layers can be found.
         """
         warn_if_untested()
+        if model_class is not None:
+            return _derive(config, model_class)
+        if config.model_type in _OWN:
+            return _OWN[config.model_type](config)
         if config.model_type in PLAIN_FAMILIES:
             return _derive_plain(config.model_type)
-        return _derive(config)
+        return _derive(config, model_class_of(config))
 
     @classmethod
     def of(
@@ -135,6 +181,21 @@ class ModelDescriptor:
     def block_name(self, index: int) -> str:
         """Return the dotted name of a block."""
         return f"{self.layers}.{index}"
+
+
+_OWN: dict[str, Callable[[PreTrainedConfig], ModelDescriptor]] = {}
+
+
+def register_descriptor(family: str, derive: Callable[[PreTrainedConfig], ModelDescriptor]) -> None:
+    """Let `"auto"`, and every place that takes a config, find a descriptor of one's own.
+
+    Args:
+        family: The config's `model_type`.
+        derive: Makes the descriptor of a config of that family. `ModelDescriptor.from_config(config,
+            MyModel)` derives it from a class by rule; `dataclasses.replace` then says what the rule gets
+            wrong.
+    """
+    _OWN[family] = derive
 
 
 def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -218,57 +279,38 @@ def _name_in(model: nn.Module, wanted: nn.Module | None) -> str:
 
 @functools.cache
 def _derive_plain(family: str) -> ModelDescriptor:
-    """Find the names only; what running the layers tells is found out when somebody asks for it."""
-    descriptor = ModelDescriptor.__new__(ModelDescriptor)
-    vars(descriptor).update(_names(_plain_model(family)))
-    return descriptor
-
-
-@functools.cache
-def _probed_plain(family: str) -> dict[str, Any]:
-    return _probed(_plain_model(family))
-
-
-def _plain_model(family: str) -> PreTrainedModel:
     # one layer speaks for all, and sizes change nothing: this keeps large models cheap to describe
-    return _model_on_meta(AutoConfig.for_model(family, num_hidden_layers=1))
+    config = AutoConfig.for_model(family, num_hidden_layers=1)
+    return _derive(config, model_class_of(config))
 
 
-def _derive(config: PreTrainedConfig) -> ModelDescriptor:
-    model = _model_on_meta(config)
-    return ModelDescriptor(**_names(model), **_probed(model))
-
-
-def _model_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    with unpatched():
-        # grouped experts are bf16-only on meta
-        return build_on_meta(model_class_of(config), config, torch.bfloat16)
-
-
-def _names(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what a descriptor says of names and classes."""
+def _derive(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> ModelDescriptor:
+    """Find the names; how the layers work is found out when somebody asks for it."""
+    model = _model_on_meta(model_class, config)
     layers, members = find_layers(model)
     head = model.get_output_embeddings()
-    return {
-        "family": model.config.model_type,
-        "model_class": type(model),
-        "layers": layers,
-        "embedding": _name_in(model, model.get_input_embeddings()),
-        "final_norm": _final_norm(model, layers),
-        "head": None if head is None else _name_in(model, head),
-        "layer_classes": tuple(dict.fromkeys(type(member) for member in members)),
-    }
+    return ModelDescriptor(
+        family=config.model_type,
+        model_class=model_class,
+        layers=layers,
+        embedding=_name_in(model, model.get_input_embeddings()),
+        final_norm=_final_norm(model, layers),
+        head=None if head is None else _name_in(model, head),
+        layer_classes=tuple(dict.fromkeys(type(member) for member in members)),
+        probe=functools.partial(_probe, model_class, copy.deepcopy(config)),
+    )
 
 
-def _probed(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what a descriptor says of the layers at work."""
+def _probe(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[LayerKind, ...]:
+    with unpatched(), torch.device("cpu"):  # it may be in the middle of a build on meta that somebody asks
+        model = _model_on_meta(model_class, config)
+        return tuple(probe_layers(model, find_layers(model)[1]))
+
+
+def _model_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     with unpatched():
-        probes = probe_layers(model, find_layers(model)[1])
-    return {
-        "layer_arity": _the_one({probe.arity for probe in probes}, model.config, "return forms of layers"),
-        "attention": _sub_block(probes, "attention"),
-        "ffn": _sub_block(probes, "ffn"),
-    }
+        # grouped experts are bf16-only on meta
+        return build_on_meta(model_class, config, torch.bfloat16)
 
 
 def _final_norm(model: nn.Module, layers: str) -> str | None:
@@ -280,17 +322,7 @@ def _final_norm(model: nn.Module, layers: str) -> str | None:
     return f"{backbone_name}.{norms[0]}".lstrip(".") if norms else None
 
 
-def _sub_block(probes: list[LayerProbe], kind: str) -> SubBlock | None:
-    """Return the sub-block that all layers agree on; None: the family then runs as it is, unchanged."""
-    found: set[tuple[SubBlock, ...]] = {getattr(probe, kind) for probe in probes}
-    if len(found) != 1 or len(next(iter(found))) != 1:
-        return None
-    return next(iter(found))[0]
-
-
-def _the_one(values: set[int], config: PreTrainedConfig, what: str) -> int:
-    if len(values) != 1:
-        raise FamilyError(
-            f"{config.model_type} has several {what}: {sorted(values)}; this is not supported so far"
-        )
-    return values.pop()
+def _the_one(found: Iterable[tuple[SubBlock, ...]]) -> SubBlock | None:
+    different = set(found)
+    parts = next(iter(different)) if len(different) == 1 else ()
+    return parts[0] if len(parts) == 1 else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,8 +26,15 @@ def build_on_meta(
         dtype: Of its parameters.
         **options: Those of transformers' `_from_config`, such as `attn_implementation`.
     """
-    with torch.device("meta"), _NoInitialisation():
+    with without_storage():
         return model_class._from_config(copy.deepcopy(config), dtype=dtype, **options).eval()
+
+
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Build modules on the meta device, quickly."""
+    with torch.device("meta"), _NoInitialisation():
+        yield
 
 
 class _NoInitialisation(TorchFunctionMode):

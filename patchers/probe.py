@@ -8,7 +8,6 @@ nobody.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,69 +16,73 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from patchers.errors import FamilyError
-from patchers.substitutes import NoFFN, hidden_states_of, returned
+from patchers.layer_trial import Calls, LayerTrial
+from patchers.substitutes import hidden_states_of, returned
 
 _MIXER_ARGUMENTS = {"past_key_values", "cache_params", "layer_past", "position_embeddings"}
 _TRIFLES = (nn.Linear, nn.Dropout, nn.Identity)
+Structure = tuple[type[nn.Module], tuple[tuple[str, type[nn.Module]], ...]]
+"""What tells one kind of layer from another: its class, and the names and classes of its children."""
 
 
 @dataclass(frozen=True)
 class SubBlock:
-    """One of the two halves of a decoder layer: its attention, or its FFN.
+    """One of the two halves of a decoder layer, its attention or its FFN, or a part of one.
 
     Attributes:
-        name: The layer's attribute that holds it, such as `self_attn`.
+        name: The module in the layer that it is, such as `self_attn`.
         arity: What it returns: 0 for a bare tensor, else the length of the tuple.
         norms: The norms of the layer that nothing but this sub-block reads: they go when it goes.
-        removable: Whether a layer stays exact when zeros stand in the place of this sub-block.
+        removable: Whether a layer stays exact when nothing stands in the place of this sub-block.
+        residual: The position of its argument `residual`, if it adds the residual stream itself.
     """
 
     name: str
     arity: int
     norms: tuple[str, ...]
     removable: bool
+    residual: int | None = None
 
 
 @dataclass(frozen=True)
-class LayerProbe:
-    """What was found out about one layer: its return form, its attentions and its FFNs."""
+class LayerKind:
+    """One kind of decoder layer: how to tell it, and what was found out about it.
 
+    Attributes:
+        structure: Its class and those of its children.
+        arity: What a layer returns: 0 for a bare tensor, else the length of the tuple.
+        attention: Its mixers: attention, state-space, linear attention, convolution. Usually one.
+        ffn: Its feed-forward parts, dense or experts. Usually one.
+    """
+
+    structure: Structure
     arity: int
     attention: tuple[SubBlock, ...]
     ffn: tuple[SubBlock, ...]
 
 
-@dataclass
-class _Calls:
-    """What one traced forward saw of a layer."""
-
-    arities: dict[str, int]
-    arity: int = 0
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] | None = None
-
-
-def probe_layers(model: PreTrainedModel, layers: Iterable[nn.Module]) -> list[LayerProbe]:
-    """Probe each layer of a model on meta.
+def probe_layers(model: PreTrainedModel, layers: Iterable[nn.Module]) -> list[LayerKind]:
+    """Probe each kind of layer of a model on meta.
 
     Args:
         model: A model on the meta device, in eval mode; it is not changed.
         layers: Its decoder layers.
 
     Returns:
-        One probe a structure of layers (class and children), in order of appearance.
+        The kinds of layers, in order of appearance.
 
     Raises:
         FamilyError: The model's forward cannot be traced.
     """
     layers = list(layers)
-    kinds: dict[Any, nn.Module] = {}
+    kinds: dict[Structure, nn.Module] = {}
     for layer in layers:
-        kinds.setdefault(_structure(layer), layer)
-    calls = {layer: _Calls({}) for layer in kinds.values()}
+        kinds.setdefault(structure_of(layer), layer)
+    calls = {layer: Calls({}) for layer in kinds.values()}
     try:
         with _passed_by(layers, kinds, calls):
             _trace(model, calls)
@@ -88,8 +91,19 @@ def probe_layers(model: PreTrainedModel, layers: Iterable[nn.Module]) -> list[La
     return [_probe(layer, seen) for layer, seen in calls.items()]
 
 
-def _structure(layer: nn.Module) -> Any:
+def structure_of(layer: nn.Module) -> Structure:
+    """Return the structure of a layer as its own class has built it."""
     return type(layer), tuple((name, type(child)) for name, child in layer.named_children())
+
+
+def is_structured_as(structure: Structure, other: Structure) -> bool:
+    """Whether a layer is of a structure, or of subclasses of what that has."""
+    (cls, children), (other_cls, others) = structure, other
+    return (
+        issubclass(cls, other_cls)
+        and [name for name, _ in children] == [name for name, _ in others]
+        and all(issubclass(a, b) for (_, a), (_, b) in zip(children, others, strict=True))
+    )
 
 
 def _arity(output: Any) -> int:
@@ -98,12 +112,12 @@ def _arity(output: Any) -> int:
 
 @contextmanager
 def _passed_by(
-    layers: Iterable[nn.Module], kinds: Mapping[Any, nn.Module], calls: Mapping[nn.Module, _Calls]
+    layers: Iterable[nn.Module], kinds: Mapping[Structure, nn.Module], calls: Mapping[nn.Module, Calls]
 ) -> Iterator[None]:
     """Let layers built like an earlier one return their input: running 90 of a kind tells no more."""
     others = [layer for layer in layers if layer not in calls]
     for layer in others:
-        seen = calls[kinds[_structure(layer)]]
+        seen = calls[kinds[structure_of(layer)]]
         vars(layer)["forward"] = lambda *args, seen=seen, **kwargs: returned(
             hidden_states_of(args, kwargs), seen.arity
         )
@@ -114,7 +128,7 @@ def _passed_by(
             del vars(layer)["forward"]
 
 
-def _trace(model: PreTrainedModel, calls: Mapping[nn.Module, _Calls]) -> None:
+def _trace(model: PreTrainedModel, calls: Mapping[nn.Module, Calls]) -> None:
     """Run the model once, and note what its layers are given and return."""
     hooks = [hook for layer, seen in calls.items() for hook in _watch(layer, seen)]
     try:
@@ -133,7 +147,7 @@ def _forward_on_meta(model: PreTrainedModel) -> None:
     failures = []
     for mask in masks:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _NothingFound():
                 decoder(input_ids=ids, attention_mask=mask, use_cache=False)
             return
         except Exception as error:
@@ -141,7 +155,16 @@ def _forward_on_meta(model: PreTrainedModel) -> None:
     raise FamilyError(f"{type(model).__name__} cannot be traced on the meta device: {'; '.join(failures)}")
 
 
-def _watch(layer: nn.Module, seen: _Calls) -> list[Any]:
+class _NothingFound(TorchFunctionMode):
+    """Lets `nonzero` find nothing on meta, where nothing is to be found: loops over experts end at once."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.nonzero, torch.Tensor.nonzero) and args[0].is_meta:
+            return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
+        return function(*args, **(kwargs or {}))
+
+
+def _watch(layer: nn.Module, seen: Calls) -> list[Any]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.args, seen.kwargs = args, dict(kwargs)
 
@@ -149,107 +172,72 @@ def _watch(layer: nn.Module, seen: _Calls) -> list[Any]:
         seen.arity = _arity(output)
 
     hooks = [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
-    for name, child in layer.named_children():
-        hooks.append(
-            child.register_forward_hook(
-                lambda _m, _a, out, name=name: seen.arities.update({name: _arity(out)})
+    for name, child in layer.named_modules():
+        if len(name) > 0 and name.count(".") < 2:
+            hooks.append(
+                child.register_forward_hook(
+                    lambda _m, _a, out, name=name: seen.arities.update({name: _arity(out)})
+                )
             )
-        )
     return hooks
 
 
-def _probe(layer: nn.Module, calls: _Calls) -> LayerProbe:
+def _probe(layer: nn.Module, calls: Calls) -> LayerKind:
     if calls.kwargs is None:
         raise FamilyError(f"the forward of the model never calls its {type(layer).__name__}")
     names = _classify(layer, calls)
-    identity = _is_identity(layer, calls, names)
-    parts = {
-        kind: tuple(
-            SubBlock(name, calls.arities[name], _norms_of(layer, calls, names, kind), identity)
-            for name in names[kind]
+    trial = LayerTrial(layer, calls, names)
+    if not trial.is_identity():
+        inner = LayerTrial(layer, calls, {**names, "attention": _inner_mixers(layer, names["attention"])})
+        trial = inner if inner.is_identity() else trial
+    identity = trial.is_identity()
+    attention, ffn = (
+        tuple(
+            SubBlock(name, calls.arities[name], trial.norms_of(kind), identity, trial.residual(name))
+            for name in trial.names[kind]
         )
         for kind in ("attention", "ffn")
-    }
-    return LayerProbe(calls.arity, parts["attention"], parts["ffn"])
+    )
+    return LayerKind(structure_of(layer), calls.arity, attention, ffn)
 
 
-def _classify(layer: nn.Module, calls: _Calls) -> dict[str, list[str]]:
+def _is_mixer(module: nn.Module) -> bool:
+    return bool(_MIXER_ARGUMENTS & set(inspect.signature(module.forward).parameters))
+
+
+def _classify(layer: nn.Module, calls: Calls) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {"attention": [], "ffn": [], "norm": []}
     for name, child in layer.named_children():
         if name not in calls.arities or isinstance(child, _TRIFLES):
             continue
-        if _MIXER_ARGUMENTS & set(inspect.signature(child.forward).parameters):
+        if _is_mixer(child):
             names["attention"].append(name)
         elif "norm" in type(child).__name__.lower():
             names["norm"].append(name)
         elif any(True for _ in child.parameters()):
             names["ffn"].append(name)
+    names["ffn"] = names["ffn"] or _linear_chain(layer, calls)
     return names
 
 
-class _PassOn(nn.Module):
-    """Returns its input as if it were the result of its work."""
-
-    def __init__(self, arity: int) -> None:
-        super().__init__()
-        self.arity = arity
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return returned(hidden_states_of(args, kwargs), self.arity)
-
-
-class _Poison(nn.Module):
-    """Returns NaN: whoever reads it is found out."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(hidden_states, torch.nan)
+def _linear_chain(layer: nn.Module, calls: Calls) -> list[str]:
+    """Return the two linear layers that are the FFN of a layer which has no module of its own for it."""
+    linears = [
+        (name, child)
+        for name, child in layer.named_children()
+        if isinstance(child, nn.Linear) and name in calls.arities
+    ]
+    if len(linears) != 2:
+        return []
+    (_, first), (_, second) = linears
+    fits = (first.in_features, first.out_features) == (second.out_features, second.in_features)
+    return [name for name, _ in linears] if fits else []
 
 
-def _is_identity(layer: nn.Module, calls: _Calls, names: dict[str, list[str]]) -> bool:
-    """Whether the layer passes its input on, bit for bit, when zeros stand in for all its work."""
-    zeros = {name: NoFFN(calls.arities[name]) for name in names["attention"] + names["ffn"]}
-    result = _run_with(layer, calls, zeros)
-    return result is not None and torch.equal(result, _hidden_states(calls))
-
-
-def _norms_of(layer: nn.Module, calls: _Calls, names: dict[str, list[str]], kind: str) -> tuple[str, ...]:
-    """Return the norms that only the sub-blocks of one kind read."""
-    other = "ffn" if kind == "attention" else "attention"
-    parts: dict[str, nn.Module] = {name: NoFFN(calls.arities[name]) for name in names[kind]}
-    parts.update({name: _PassOn(calls.arities[name]) for name in names[other]})
-    # norms that are read by nobody even beforehand tell nothing
-    read = [norm for norm in names["norm"] if not _is_clean(layer, calls, {norm: _Poison()}, names)]
-    return tuple(norm for norm in read if _is_clean(layer, calls, {**parts, norm: _Poison()}, names))
-
-
-def _is_clean(
-    layer: nn.Module, calls: _Calls, parts: dict[str, nn.Module], names: dict[str, list[str]]
-) -> bool:
-    working = {name: _PassOn(calls.arities[name]) for name in names["attention"] + names["ffn"]}
-    result = _run_with(layer, calls, {**working, **parts})
-    return result is not None and not bool(result.isnan().any())
-
-
-def _hidden_states(calls: _Calls) -> torch.Tensor:
-    shape = hidden_states_of(calls.args, calls.kwargs or {}).shape
-    return torch.linspace(-1, 1, shape.numel()).reshape(shape)
-
-
-def _run_with(layer: nn.Module, calls: _Calls, parts: Mapping[str, nn.Module]) -> torch.Tensor | None:
-    """Run a real copy of a layer with some of its children exchanged; None if it does not run so."""
-    trial = copy.deepcopy(layer)
-    for name, part in parts.items():
-        setattr(trial, name, part)
-    trial = trial.to_empty(device="cpu").float().eval()
-    for parameter in trial.parameters():
-        parameter.data.fill_(0.5)
-    hidden_states, kwargs = _hidden_states(calls), dict(calls.kwargs or {})
-    args = (hidden_states, *calls.args[1:]) if calls.args else ()
-    if not args:
-        kwargs["hidden_states"] = hidden_states
-    try:
-        with torch.no_grad():
-            output = trial(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return None
-    return output[0] if isinstance(output, (tuple, list)) else output
+def _inner_mixers(layer: nn.Module, names: list[str]) -> list[str]:
+    """Return, in the place of a child that holds a mixer together with norms, the mixer in it."""
+    found = []
+    for name in names:
+        inside = [n for n, child in layer.get_submodule(name).named_children() if _is_mixer(child)]
+        found.append(f"{name}.{inside[0]}" if len(inside) == 1 else name)
+    return found

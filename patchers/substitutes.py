@@ -60,17 +60,60 @@ def _counts(cache: Cache, layer_idx: int) -> bool:
     return isinstance(slot, CacheLayerMixin) and not isinstance(slot, DummyLayer)
 
 
-class NoAttention(nn.Module):
-    """A removed attention: adds nothing to the residual stream, and counts tokens."""
+class Removed(nn.Module):
+    """A removed part of a layer: adds nothing to the residual stream.
 
-    def __init__(self, layer_idx: int, arity: int) -> None:
+    Args:
+        arity: What the part returned: 0 for a bare tensor, else the length of the tuple.
+        residual: Where the part was given the residual stream, if it added that itself: the position of its
+            argument `residual`. It is then passed on.
+    """
+
+    def __init__(self, arity: int, residual: int | None = None) -> None:
         super().__init__()
-        self.layer_idx, self.arity = layer_idx, arity
+        self.arity, self.residual = arity, residual
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return zeros like the hidden states `[batch, tokens, hidden]`."""
+        """Return zeros like the hidden states `[batch, tokens, hidden]`, or the residual stream."""
+        return returned(self._onto_residual(None, args, kwargs), self.arity)
+
+    def _onto_residual(
+        self, result: torch.Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        if self.residual is None:
+            return torch.zeros_like(hidden_states_of(args, kwargs)) if result is None else result
+        passed: torch.Tensor = args[self.residual] if len(args) > self.residual else kwargs["residual"]
+        return passed if result is None else passed + result
+
+
+class NoFFN(Removed):
+    """A removed FFN."""
+
+
+class LinearFFN(Removed):
+    """An FFN replaced by one linear layer, `linear_mlp.weight` of shape `(hidden, hidden)`."""
+
+    def __init__(self, hidden_size: int, arity: int, residual: int | None = None) -> None:
+        super().__init__(arity, residual)
+        self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the linear image of the hidden states `[batch, tokens, hidden]`."""
+        image = self.linear_mlp(hidden_states_of(args, kwargs))
+        return returned(self._onto_residual(image, args, kwargs), self.arity)
+
+
+class NoAttention(Removed):
+    """A removed attention: it still counts tokens."""
+
+    def __init__(self, layer_idx: int, arity: int, residual: int | None = None) -> None:
+        super().__init__(arity, residual)
+        self.layer_idx = layer_idx
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros like the hidden states `[batch, tokens, hidden]`, or the residual stream."""
         count_tokens(self.layer_idx, args, kwargs)
-        return returned(torch.zeros_like(hidden_states_of(args, kwargs)), self.arity)
+        return super().forward(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Say which layer this is."""
@@ -80,38 +123,15 @@ class NoAttention(nn.Module):
 class LinearAttention(NoAttention):
     """An attention replaced by one linear layer, `linear_attn.weight` of shape `(hidden, hidden)`."""
 
-    def __init__(self, hidden_size: int, layer_idx: int, arity: int) -> None:
-        super().__init__(layer_idx, arity)
+    def __init__(self, hidden_size: int, layer_idx: int, arity: int, residual: int | None = None) -> None:
+        super().__init__(layer_idx, arity, residual)
         self.linear_attn = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the linear image of the hidden states `[batch, tokens, hidden]`."""
         count_tokens(self.layer_idx, args, kwargs)
-        return returned(self.linear_attn(hidden_states_of(args, kwargs)), self.arity)
-
-
-class NoFFN(nn.Module):
-    """A removed FFN: adds nothing to the residual stream."""
-
-    def __init__(self, arity: int) -> None:
-        super().__init__()
-        self.arity = arity
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return zeros like the hidden states `[batch, tokens, hidden]`."""
-        return returned(torch.zeros_like(hidden_states_of(args, kwargs)), self.arity)
-
-
-class LinearFFN(NoFFN):
-    """An FFN replaced by one linear layer, `linear_mlp.weight` of shape `(hidden, hidden)`."""
-
-    def __init__(self, hidden_size: int, arity: int) -> None:
-        super().__init__(arity)
-        self.linear_mlp = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the linear image of the hidden states `[batch, tokens, hidden]`."""
-        return returned(self.linear_mlp(hidden_states_of(args, kwargs)), self.arity)
+        image = self.linear_attn(hidden_states_of(args, kwargs))
+        return returned(self._onto_residual(image, args, kwargs), self.arity)
 
 
 class NoNorm(nn.Module):

@@ -256,17 +256,38 @@ class StubbornLayer(LlamaDecoderLayer):
 
 def test_an_override_that_changes_nothing_is_an_error() -> None:
     stubborn = dataclasses.replace(ModelDescriptor.from_family("llama"), layer_classes=(StubbornLayer,))
-    expected = (
-        "block 0 asks for intermediate_size=32, but StubbornLayer built 96.*does not honour intermediate_size"
-    )
-    with deci_x_patcher(stubborn, KINDS), pytest.raises(PatchError, match=expected):
+    expected = "block 0 asks for intermediate_size=32, but in llama no config field moves the FFN width of"
+    with deci_x_patcher(stubborn, KINDS), pytest.raises(FamilyError, match=expected):
         StubbornLayer(tiny_config(layers=6), 0)
+
+
+class FickleLayer(LlamaDecoderLayer):
+    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if layer_idx == 1:
+            self.mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96))
+
+
+def test_what_was_built_is_compared_with_what_was_asked_for() -> None:
+    fickle = dataclasses.replace(ModelDescriptor.from_family("llama"), layer_classes=(FickleLayer,))
+    blocks = [BlockConfig(ffn=FFNConfig(32))] * 2
+    expected = (
+        "block 1 asks for intermediate_size=32, but FickleLayer built 96: its family does not honour "
+        "intermediate_size layer by layer"
+    )
+    config = tiny_config(layers=2)
+    with deci_x_patcher(fickle, blocks):
+        FickleLayer(config, 0)
+        with pytest.raises(PatchError, match=expected):
+            FickleLayer(config, 1)
 
 
 def test_removal_is_refused_where_zeros_would_be_wrong() -> None:
     descriptor = ModelDescriptor.from_family("llama")
     assert descriptor.ffn is not None
-    unsafe = dataclasses.replace(descriptor, ffn=dataclasses.replace(descriptor.ffn, removable=False))
+    (kind,) = descriptor.layer_kinds
+    unsafe_kind = dataclasses.replace(kind, ffn=(dataclasses.replace(kind.ffn[0], removable=False),))
+    unsafe = dataclasses.replace(descriptor, probe=lambda: (unsafe_kind,))
     with (
         deci_x_patcher(unsafe, KINDS),
         pytest.raises(FamilyError, match=r"block 2 removes its FFN.*silently wrong"),
@@ -278,7 +299,10 @@ def test_experts_are_refused_by_name() -> None:
     blocks = [{"attention": {"num_key_value_heads": 2}, "ffn": {"moe": {"num_local_experts": 4}}}]
     with (
         deci_x_patcher("llama", blocks),
-        pytest.raises(FamilyError, match=r"block 0 asks for experts \(moe\)"),
+        pytest.raises(
+            FamilyError,
+            match=r"block 0 asks for experts \(ffn.moe\), but in llama this layer is no mixture of experts",
+        ),
     ):
         LlamaDecoderLayer(tiny_config(layers=1), 0)
 

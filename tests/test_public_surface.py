@@ -12,8 +12,9 @@ import pytest
 import patchers
 import sharded_ckpt
 
-PATCHERS = """AttentionConfig BlockConfig Dialect FFNConfig MambaConfig ModelDescriptor MoEConfig SubBlock
-deci_x_patcher infer_block_configs parse_blocks read_block_configs write_block_configs"""
+PATCHERS = """AttentionConfig BlockConfig Dialect FFNConfig LayerKind MambaConfig ModelDescriptor MoEConfig
+SubBlock capabilities deci_x_patcher infer_block_configs parse_blocks read_block_configs register_descriptor
+write_block_configs"""
 SHARDED_CKPT = """BlockConfigError CheckpointError CheckpointNotFoundError CollectiveError ConfigError
 FamilyError LoadReport MissingKeysError OwnershipError OwnershipPlan PartialModelError PatchError
 PipelineStage Runtime

@@ -1,0 +1,174 @@
+"""The config fields by which one decoder layer says its sizes, found by trial.
+
+A table of names says where to look (`base_sizes.SIZE_FIELDS`), and a trial decides: the layer is built on
+meta with two values of the field, and the sides of its tensors that move in step are where the size shows. A
+name that means something else in a family, or nothing, is found out this way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from patchers.base_sizes import SIZE_FIELDS
+from patchers.probe import LayerKind
+from patchers.size_marks import Mark, find_marks, numbers_of, sides_of
+
+KV_HEADS, WIDTH = "num_key_value_heads", "intermediate_size"
+EXPERTS, TOP_K = "num_local_experts", "num_experts_per_tok"
+EXPERT_WIDTH, SHARED_WIDTH = "expert_intermediate_dim", "shared_expert_intermediate_dim"
+
+_FIELDS = {
+    KV_HEADS: (
+        *SIZE_FIELDS["num_key_value_heads"],
+        "num_global_key_value_heads",
+        "swa_num_key_value_heads",
+        "attn_config.kv_n_heads",
+    ),
+    WIDTH: (*SIZE_FIELDS["intermediate_size"], "intermediate_size_mlp", "dense_intermediate_size"),
+    EXPERTS: (*SIZE_FIELDS["num_experts"], "ffn_config.moe_num_experts"),
+    TOP_K: (*SIZE_FIELDS["num_experts_per_tok"], "num_experts_per_token", "ffn_config.moe_top_k"),
+    EXPERT_WIDTH: (
+        "moe_intermediate_size",
+        "expert_ffn_hidden_size",
+        *SIZE_FIELDS["intermediate_size"],
+        "ffn_config.ffn_hidden_size",
+    ),
+    SHARED_WIDTH: SIZE_FIELDS["shared_expert_intermediate_size"],
+}
+_SOME_SIZE = 64
+
+
+@dataclass(frozen=True)
+class SizeField:
+    """The config field that says a size of one layer.
+
+    Attributes:
+        size: Which size, by its name in a block config.
+        field: The config field, dotted if it is in a config of its own (`ffn_config.moe_num_experts`).
+        marks: Where the size shows in the layer.
+        tied: Where it shows besides: in the shared expert, if that is as wide as the routed ones.
+    """
+
+    size: str
+    field: str
+    marks: tuple[Mark, ...]
+    tied: tuple[Mark, ...] = ()
+
+
+class LayerFields:
+    """Finds the fields of one layer.
+
+    Args:
+        config: Of the whole model.
+        index: Of the layer.
+        kind: How the layer works.
+        build: Builds the layer on meta with some attributes of the config overridden.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        index: int,
+        kind: LayerKind,
+        build: Callable[[Mapping[str, Any]], nn.Module],
+    ) -> None:
+        self.config, self.index, self._build = config, index, build
+        self._attention = tuple(f"{part.name}." for part in kind.attention)
+        self._ffn = tuple(f"{part.name}." for part in kind.ffn)
+        self._found: dict[str, SizeField | None] = {}
+
+    def find(self, size: str) -> SizeField | None:
+        """Return the field that says a size of this layer, or None if the layer has no such size."""
+        if size not in self._found:
+            known = (field for field in _FIELDS[size] if field_value(self.config, field, self.index)[0])
+            self._found[size] = next(filter(None, (self._try(size, field) for field in known)), None)
+        return self._found[size]
+
+    def base_value(self, field: str) -> int | None:
+        """Return what the config says for this layer."""
+        value = field_value(self.config, field, self.index)[1]
+        return value if isinstance(value, int) else None
+
+    def _try(self, size: str, field: str) -> SizeField | None:
+        sizes = self._trial_sizes(size, field)
+        try:
+            layers = [self._build(overridden(self.config, {field: n}, self.index)) for n in sizes]
+        except (ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError):
+            return None  # the family does not build with another value
+        look = numbers_of if size == TOP_K else sides_of
+        first, second = (look(layer) for layer in layers)
+        if size == TOP_K:  # other numbers are computed of it, and may move as they like
+            same = {name for name in first if (first[name], second.get(name)) == ((sizes[0],), (sizes[1],))}
+            first = {name: first[name] for name in same}
+            second = {name: second[name] for name in same}
+        marks = find_marks(first, second, sizes)
+        return self._accept(size, field, marks) if marks else None
+
+    def _trial_sizes(self, size: str, field: str) -> tuple[int, int]:
+        if size == TOP_K:
+            return 1, 2
+        if size == KV_HEADS:
+            heads = (
+                field_value(self.config, name, self.index)[1] for name in SIZE_FIELDS["num_attention_heads"]
+            )
+            return 1, next((n for n in heads if isinstance(n, int) and n > 1), 2)
+        some = self.base_value(field) or _SOME_SIZE
+        return some, 2 * some
+
+    def _accept(self, size: str, field: str, marks: tuple[Mark, ...]) -> SizeField | None:
+        """Return the field if what it moves is the size in question, and nothing else."""
+        parts = self._attention if size == KV_HEADS else self._ffn
+        if not all(mark.tensor.startswith(parts) for mark in marks):
+            return None
+        if size != KV_HEADS and any(mark.offset for mark in marks):
+            return None
+        if size in (KV_HEADS, EXPERTS, TOP_K):
+            return SizeField(size, field, marks)
+        experts = self.find(EXPERTS)
+        of_experts = {mark.tensor for mark in experts.marks} if experts else set()
+        routed = tuple(mark for mark in marks if mark.tensor in of_experts)
+        others = tuple(mark for mark in marks if mark.tensor not in of_experts)
+        if size == EXPERT_WIDTH:
+            return SizeField(size, field, routed, tied=others) if routed else None
+        return None if routed else SizeField(size, field, others)
+
+
+def field_value(config: PreTrainedConfig, field: str, index: int) -> tuple[bool, Any]:
+    """Return whether a config has a field, and its value for one layer."""
+    owner, _, name = field.rpartition(".")
+    holder = getattr(config, owner, None) if owner else config
+    if holder is None or not hasattr(holder, name):
+        return False, None
+    value = getattr(holder, name)
+    return True, value[index] if isinstance(value, (list, tuple)) and index < len(value) else value
+
+
+def overridden(config: PreTrainedConfig, values: Mapping[str, int], index: int) -> dict[str, Any]:
+    """Return the attributes of a config that say other sizes for one layer.
+
+    Args:
+        config: Of the whole model; it is not changed.
+        values: By field.
+        index: Of the layer: in a field that lists a value a layer, only its own is exchanged.
+    """
+    attributes: dict[str, Any] = {}
+    for field, value in values.items():
+        owner, _, name = field.rpartition(".")
+        holder = config
+        if owner:
+            holder = attributes.setdefault(owner, copy.copy(getattr(config, owner)))
+        said: Any = value
+        listed = getattr(holder, name)
+        if isinstance(listed, (list, tuple)):
+            said = type(listed)([*listed[:index], value, *listed[index + 1 :]])
+        if owner:
+            setattr(holder, name, said)
+        else:
+            attributes[name] = said
+    return attributes
