@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchers.deci_x import BlockConfigs, as_described
 from patchers.descriptor import ModelDescriptor
+from patchers.embedding_use import reads_embedding_everywhere
 from patchers.errors import PartialModelError
 from patchers.meta import build_on_meta
 from patchers.names import fold
@@ -75,8 +76,9 @@ def create_local_shard_(
     """Cut a model down, in place, to the blocks that this rank owns.
 
     The first block's owner keeps the input embedding and what stands beside the language model (a vision
-    tower, its projector), the last one's the final norm and the head. What is not owned becomes a stub: it
-    holds no storage, and raises when the shard is called like a whole model.
+    tower, its projector), the last one's the final norm and the head. Families that read their embedding in
+    later layers keep it on every rank. What is not owned becomes a stub: it holds no storage, and raises when
+    the shard is called like a whole model.
 
     Args:
         model: A native model, on meta or with weights.
@@ -93,16 +95,19 @@ def create_local_shard_(
     descriptor = ModelDescriptor.of(descriptor, model.config)
     count = num_blocks(model, descriptor)
     owned = check_ownership(owned_block_indexes, count)
+    needs_embedding = 0 not in owned and reads_embedding_everywhere(model, descriptor)
     arity = functools.partial(getattr, descriptor, "layer_arity")  # found out only if a stage asks
     for index in sorted(set(range(count)) - owned):
         _replace(model, descriptor.block_name(index), UnownedBlock, layer_idx=index, arity=arity)
     if 0 not in owned:
-        _replace(model, descriptor.embedding, UnownedEmbedding)
+        if not needs_embedding:
+            _replace(model, descriptor.embedding, UnownedEmbedding)
         for name in outer_modules(model, descriptor):
             _replace(model, name, Unowned)
     if count - 1 not in owned:
         for name in filter(None, (descriptor.final_norm, descriptor.head)):
-            _replace(model, name, Unowned)
+            if _has_tensors(model.get_submodule(name)):  # some families use a bare norm in other places, too
+                _replace(model, name, Unowned)
     if not {0, count - 1} <= owned:
         _forget_ties(model)
     if len(owned) < count:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchers.deci_x import BlockConfigs
 from patchers.descriptor import ModelDescriptor
+from patchers.embedding_use import reads_embedding_everywhere
 from patchers.errors import ConfigError
 from sharded_ckpt.model import build_skeleton, outer_modules
 from sharded_ckpt.ownership.costs import ModelCosts
@@ -87,9 +88,11 @@ def _weights(
     model: PreTrainedModel, descriptor: ModelDescriptor, size: Callable[[nn.Module], int], by: str
 ) -> ModelCosts:
     ends = [name for name in (descriptor.final_norm, descriptor.head) if name is not None]
+    first = outer_modules(model, descriptor)
+    if not reads_embedding_everywhere(model, descriptor):
+        first = [descriptor.embedding, *first]
     head = sum(size(model.get_submodule(name)) for name in ends)
     blocks = tuple(size(block) for block in model.get_submodule(descriptor.layers).children())
-    first = [descriptor.embedding, *outer_modules(model, descriptor)]
     embedding = sum(size(model.get_submodule(name)) for name in first)
     others = nn.ModuleList(_others(model, {descriptor.layers, *first, *ends}))
     return ModelCosts(blocks, embedding, head, by, everywhere=size(others))

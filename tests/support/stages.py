@@ -12,7 +12,10 @@ from sharded_ckpt.pipeline.body import StageBody
 
 
 def run_stages(
-    shards: Sequence[PreTrainedModel], caches: Sequence[Any] | None = None, **inputs: Any
+    shards: Sequence[PreTrainedModel],
+    caches: Sequence[Any] | None = None,
+    cache_name: str = "past_key_values",
+    **inputs: Any,
 ) -> torch.Tensor:
     """Return the logits: each shard runs the model's own forward on what the one before gave."""
     hidden_states: list[torch.Tensor] = []
@@ -21,7 +24,7 @@ def run_stages(
         body = StageBody(shard)
         if not body.blocks:
             continue
-        cache = {} if caches is None else {"past_key_values": caches[number]}
+        cache = {} if caches is None else {cache_name: caches[number]}
         with torch.no_grad():
             passed = body.run({**inputs, **cache}, hidden_states.pop if hidden_states else None)
         hidden_states.append(passed.hidden_states)
