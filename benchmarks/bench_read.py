@@ -279,6 +279,14 @@ class Methods:
             )
             return [tensor for _, tensor in streamer.get_tensors()]
 
+    def instanttensor(self) -> Iterable[torch.Tensor]:
+        """The owned tensors, by InstantTensor; it says itself that it wants a GPU."""
+        from instanttensor import safe_open as instant_open
+
+        names = sorted({self.weight_map[key] for key in self.keys})
+        with instant_open([str(self.folder / name) for name in names], framework="pt", device="cpu") as file:
+            return [file.get_tensor(key) for key in self.keys]
+
     def raw_read(self) -> Iterable[torch.Tensor]:
         """No tensors: the same bytes read by eight threads, four MiB at a time, into one buffer each."""
         buffers, jobs = threading.local(), []
@@ -300,7 +308,11 @@ class Methods:
 
 def peers(methods: Methods) -> dict[str, Method]:
     """Return the optional peers that are installed."""
-    modules = {"fastsafetensors": methods.fastsafetensors, "runai_model_streamer": methods.runai}
+    modules = {
+        "fastsafetensors": methods.fastsafetensors,
+        "runai_model_streamer": methods.runai,
+        "instanttensor": methods.instanttensor,
+    }
     return {name: method for name, method in modules.items() if importlib.util.find_spec(name)}
 
 
