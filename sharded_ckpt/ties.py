@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -20,3 +20,28 @@ def ties_of(config: Any, model_class: type | None, model: Any = None) -> dict[st
     said = getattr(model_class, "_tied_weights_keys", None)
     ties = dict(said) if isinstance(said, Mapping) else {}
     return {**ties, **(getattr(model, "all_tied_weights_keys", None) or {})}
+
+
+def partners_of(ties: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return, for each tied name, the names that stand for the same tensor.
+
+    Example:
+        >>> partners_of({"lm_head.weight": "embed.weight"})
+        {'lm_head.weight': ['embed.weight'], 'embed.weight': ['lm_head.weight']}
+    """
+    partners: dict[str, list[str]] = {}
+    for target, source in ties.items():
+        partners.setdefault(target, []).append(source)
+        partners.setdefault(source, []).append(target)
+    return partners
+
+
+def others_of(names: Sequence[str], partners: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return the names that stand for the same tensor as some names do, without these.
+
+    Args:
+        names: Of one tensor.
+        partners: What `partners_of` gave.
+    """
+    others = dict.fromkeys(other for name in names for other in partners.get(name, ()))
+    return tuple(other for other in others if other not in names)

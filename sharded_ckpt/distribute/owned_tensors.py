@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patchers.errors import ConfigError
 from sharded_ckpt.distribute.distribution import Slot, global_names
-from sharded_ckpt.ties import ties_of
+from sharded_ckpt.ties import others_of, partners_of, ties_of
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,15 @@ class OwnedTensors:
         for key, value in state.items():
             aliases.setdefault(id(value), []).append(key)
         self._places = [_Place(state[keys[0]], tuple(keys)) for keys in aliases.values()]
-        partners = _partners(_ties_said_by(model) if ties is None else ties)
+        partners = partners_of(_ties_said_by(model) if ties is None else ties)
         self.slots = tuple(self._slot(place, names, partners) for place in self._places)
 
     def _slot(self, place: _Place, names: Mapping[str, str], partners: Mapping[str, list[str]]) -> Slot:
         own = tuple(names[key] for key in place.names)
-        others = tuple(other for name in own for other in partners.get(name, ()) if other not in own)
         tensor = place.tensor
-        return Slot(own, others, tuple(tensor.shape), is_floating(tensor), not tensor.is_meta)
+        return Slot(
+            own, others_of(own, partners), tuple(tensor.shape), is_floating(tensor), not tensor.is_meta
+        )
 
     def landing(self, index: int, found: torch.dtype) -> Tensor:
         """Return an empty tensor for what is received."""
@@ -92,14 +93,6 @@ def _ties_said_by(model: nn.Module) -> dict[str, str]:
     while isinstance(inner := getattr(model, "module", None) or getattr(model, "_orig_mod", None), nn.Module):
         model = inner
     return ties_of(getattr(model, "config", None), type(model))
-
-
-def _partners(ties: Mapping[str, str]) -> dict[str, list[str]]:
-    partners: dict[str, list[str]] = {}
-    for target, source in ties.items():
-        partners.setdefault(target, []).append(source)
-        partners.setdefault(source, []).append(target)
-    return partners
 
 
 def is_floating(tensor: Tensor) -> bool:

@@ -77,7 +77,12 @@ class SavedTensors:
     def named(
         cls, tensors: Mapping[str, Tensor], unowned: tuple[str, ...] | None, ties: Mapping[str, str]
     ) -> SavedTensors:
-        """Take tensors that have been collected, under the names that they have in the files."""
+        """Take tensors that have been collected, under the names that they have in the files.
+
+        Raises:
+            CheckpointError: Tensors without values, or that the file format does not know; they are named.
+        """
+        describe(tensors)
         alike = tuple(target for target, source in ties.items() if _same(tensors, target, source))
         return cls(tensors, unowned, ties, alike)
 
@@ -155,11 +160,9 @@ def digest(tensor: Tensor) -> str:
 
 
 def _named(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """Return tensors by their global names, after checking that all can be written."""
+    """Return tensors by their global names."""
     names = global_names(state, where)
-    tensors = {names[key]: value for key, value in state.items()}
-    describe(tensors)
-    return tensors
+    return {names[key]: value for key, value in state.items()}
 
 
 def _state_of(model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,142 @@
+"""How fast the state of a training (weights and Adam) is saved and loaded, beside DCP's own format.
+
+    python benchmarks/bench_training.py [--size-gb 1] [--folder DIR] [--rounds 5] [--only save,load]
+
+The size is that of the weights, in bf16; Adam's two moments are as large again, each. Both sides save the
+same bytes and are done when these are on the disk; both fill a model and an optimizer that are there. Loads
+are warm. What is measured and how: `benchmarks/paired.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from bench_write import make_ready, make_tensors
+from paired import compare, table, warm
+from torch import nn
+
+from sharded_ckpt.training import ModelState, OptimizerState, load_training_state, save_training_state
+
+
+def main() -> None:
+    """Run the comparisons that were asked for and print their tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size-gb", type=float, default=1.0)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="save,load")
+    parser.add_argument("--share", type=float, default=0.9, help="of a processor, that a fair run has had")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    model, optimizer = make_state(options.size_gb)
+    size = sum(tensor.nbytes for tensor in bytes_of(model, optimizer)) / 1e9
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = Path(temporary)
+        if "save" in options.only:
+            run = folder / "run"
+            save = {"save_training_state": ours, "DCP": theirs, "DCP, 2 threads": partial(theirs, threads=2)}
+            methods = {name: partial(method, run, model, optimizer) for name, method in save.items()}
+            ready = partial(make_ready, run, round(1.2 * size * 1e9))
+            measures = compare(methods, options.rounds, prepare=ready, touch=False, share=options.share)
+            print(table(f"save, durable: {size:.2f} GB", measures), flush=True)
+            shutil.rmtree(run)
+        if "load" in options.only:
+            ours(folder / "ours", model, optimizer)
+            theirs(folder / "dcp", model, optimizer)
+            check(folder / "ours", model, optimizer)
+            load = {
+                "load_training_state": partial(load_ours, folder / "ours", model, optimizer),
+                "DCP": partial(load_theirs, folder / "dcp", model, optimizer),
+            }
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            measures = compare(
+                load, options.rounds, prepare=partial(warm, files), touch=False, share=options.share
+            )
+            print(table(f"load, warm: {size:.2f} GB into what is there", measures), flush=True)
+
+
+def make_state(size_gb: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a model of random bits, and an optimizer that has taken a step."""
+    model = nn.Module()
+    for name, tensor in make_tensors(size_gb).items():
+        module = model
+        for part in name.split(".")[:-1]:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.weight = nn.Parameter(tensor)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    for parameter in model.parameters():
+        parts = {slot: parameter.detach().roll(1) for slot in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(1.0), **parts}
+    return model, optimizer
+
+
+def bytes_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return every tensor of the state."""
+    slots = [value for state in optimizer.state.values() for value in state.values()]
+    return [*model.parameters(), *slots]
+
+
+def check(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load what we have saved, before any time is taken."""
+    expected = [tensor.detach().clone() for tensor in bytes_of(model, optimizer)]
+    with torch.no_grad():
+        for tensor in bytes_of(model, optimizer):
+            tensor.zero_()
+    load_ours(folder, model, optimizer)
+    pairs = zip(bytes_of(model, optimizer), expected, strict=True)
+    if not all(
+        torch.equal(one.view(torch.uint8), other.view(torch.uint8)) for one, other in pairs if one.dim()
+    ):
+        sys.exit("what was loaded is not what was saved")
+
+
+# Methods
+
+
+def ours(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Save by `save_training_state`."""
+    save_training_state(folder / "out", model, OptimizerState(model, optimizer))
+    return []
+
+
+def theirs(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, threads: int = 1
+) -> list[torch.Tensor]:
+    """Save by DCP, to its own format; it waits for the disk by itself."""
+    writer = dcp.FileSystemWriter(folder / "out", thread_count=threads)
+    dcp.save(state_of(model, optimizer), storage_writer=writer, no_dist=True)
+    return []
+
+
+def load_ours(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Load by `load_training_state`."""
+    load_training_state(folder / "out", model, OptimizerState(model, optimizer))
+    return []
+
+
+def load_theirs(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Load by DCP, which fills tensors in their places."""
+    dcp.load(state_of(model, optimizer), checkpoint_id=folder / "out", no_dist=True)
+    return []
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state under the same names for both, tensors alone."""
+    return {"model": ModelState(model).state_dict(), "optim": OptimizerState(model, optimizer).tensors()}
+
+
+if __name__ == "__main__":
+    main()
