@@ -1,4 +1,4 @@
-"""One bar for long work, in bytes: on the main rank, on a terminal, and never unasked elsewhere."""
+"""One bar for long work: on the main rank, on a terminal, and never unasked elsewhere."""
 
 from __future__ import annotations
 
@@ -20,6 +20,23 @@ def byte_progress(
         is_main: Whether this is the main rank.
         doing: What the bar is called.
     """
+    with unit_progress(wanted, total, is_main, doing, "B") as count:
+        yield count
+
+
+@contextmanager
+def unit_progress(
+    wanted: bool | Callable[[int], object] | None, total: int | None, is_main: bool, doing: str, unit: str
+) -> Iterator[Callable[[int], object] | None]:
+    """Yield what is to be told each number of units done, or None.
+
+    Args:
+        wanted: As for `byte_progress`.
+        total: Units to be done; None if nobody knows.
+        is_main: Whether this is the main rank.
+        doing: What the bar is called.
+        unit: What is counted; "B" is shown in powers of 1024.
+    """
     if callable(wanted):
         yield wanted
         return
@@ -32,5 +49,5 @@ def byte_progress(
         return
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=doing) as bar:
+    with tqdm(total=total, unit=unit, unit_scale=unit == "B", unit_divisor=1024, desc=doing) as bar:
         yield bar.update

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,6 +26,7 @@ from sharded_ckpt.pipeline.inputs import (
 )
 from sharded_ckpt.pipeline.lineup import Lineup, require_own_keys
 from sharded_ckpt.pipeline.links import Links
+from sharded_ckpt.pipeline.scoring import ScoreResult, score
 from sharded_ckpt.pipeline.shared_parameters import SharedParameter, shared_parameters
 from sharded_ckpt.pipeline.training_step import LossFunction, clip_grad_norm_, train_step
 from sharded_ckpt.runtime import as_runtime
@@ -234,6 +236,59 @@ class PipelineStage:
             The norm as it was, on every rank; a parameter of which several ranks hold copies counts once.
         """
         return clip_grad_norm_(self, max_norm, norm_type)
+
+    def score(
+        self,
+        dataset: Iterable[Mapping[str, Any]],
+        *,
+        micro_batches: int | Sequence[int] = 1,
+        teacher: PipelineStage | None = None,
+        activations: bool = False,
+        resume_dir: str | os.PathLike[str] | None = None,
+        save_every: int = 64,
+        progress: bool | Callable[[int], object] | None = None,
+    ) -> ScoreResult:
+        """Run a dataset through the model, and return its loss and the log-probability of every token.
+
+        Batches follow each other without waiting for the last stage.
+
+        Args:
+            dataset: Batches, the same on every rank: `input_ids` `(batch, tokens)` and what else the forward
+                takes. `labels` say which tokens count; by default all that `attention_mask` does not hide.
+            micro_batches: Into how many parts each batch is cut, or the rows of each.
+            teacher: The stage of another model with the same blocks on the same ranks, to compare with:
+                divergence of the next token, and cosines of the hidden states after each block.
+            activations: Whether to measure how much each FFN channel and each KV head adds to the residual
+                stream: what `init_child_from_parent` takes as `ffn_channels` and `kv_heads`.
+            resume_dir: Where to save what was added up, on a file system that all ranks share; a later call
+                with the same dataset goes on from there, on any number of ranks.
+            save_every: After how many batches to save.
+            progress: Whether to show a bar of the batches; by default on the main rank of a terminal. Or a
+                function that is told each number of batches.
+
+        Raises:
+            ConfigError: The dataset is empty or another one than was scored before, the teacher's blocks are
+                elsewhere, or there is nothing of the kind that is to be measured.
+            CheckpointError: In `resume_dir` another model was scored.
+            CollectiveError: On all ranks: the inputs differ between ranks, or a rank failed or was lost.
+
+        Example:
+            >>> from sharded_ckpt import load_and_shard_model
+            >>> stage = PipelineStage(load_and_shard_model("auto", checkpoint))
+            >>> result = stage.score([{"input_ids": torch.tensor([[1, 5, 7, 9]])}], activations=True)
+            >>> result.tokens, len(result.log_probs[0]), len(result.ffn_channels[0].values)
+            (3, 3, 96)
+        """
+        return score(
+            self,
+            dataset,
+            micro_batches=micro_batches,
+            teacher=teacher,
+            activations=activations,
+            resume_dir=resume_dir,
+            save_every=save_every,
+            progress=progress,
+        )
 
     @functools.cached_property
     def shared_parameters(self) -> tuple[SharedParameter, ...]:
