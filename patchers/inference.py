@@ -5,19 +5,18 @@ Only names and shapes are needed, so the headers of safetensors files suffice.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from patchers.base_sizes import BaseSizes, FieldNames
+from patchers.base_sizes import BaseSizes, FieldNames, resolve_block
 from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig
 from patchers.block_fields import at_block
 from patchers.block_shapes import Tensor, infer_attention, infer_experts, infer_ffn, shown
+from patchers.dialects import read_block_configs
 from patchers.errors import BlockConfigError
-from patchers.names import fold, fold_indices
+from patchers.families import PLAIN_FAMILIES
+from patchers.names import fold, fold_indices, split_block
 from patchers.tensor_roles import TensorRole, role_of
-
-_BLOCK = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|h|blocks|block))\.(?P<index>\d+)\.(?P<name>.+)$")
 
 
 def infer_block_configs(
@@ -64,6 +63,33 @@ def infer_block_configs(
     return inferred
 
 
+def contradictions(
+    raw: Mapping[str, Any], found: Sequence[BlockConfig | None]
+) -> dict[int, tuple[BlockConfig, BlockConfig]]:
+    """Return the blocks of which a config says something else than their tensors.
+
+    A config that says nothing of single blocks is held to that only in families whose tensors are known by
+    their names.
+
+    Args:
+        raw: The content of a config.json.
+        found: What the tensors are, as `infer_block_configs` tells it; None where nothing is known.
+
+    Returns:
+        What the config says and what was found, by block.
+
+    Raises:
+        BlockConfigError: The config cannot be read.
+    """
+    told = read_block_configs(raw)
+    if told is None and raw.get("model_type") not in PLAIN_FAMILIES:
+        return {}
+    sizes = BaseSizes.of(raw)
+    said = [resolve_block(block, sizes) for block in (told[0] if told else [BlockConfig()] * len(found))]
+    pairs = enumerate(zip(said, found, strict=True))
+    return {index: (a, b) for index, (a, b) in pairs if b is not None and a != b}
+
+
 _Block = dict[str, Tensor]
 
 
@@ -71,9 +97,10 @@ def _stacks(tensors: Mapping[str, Any]) -> dict[str, dict[int, _Block]]:
     """The tensors of each list of blocks, by block and name within the block: full name and shape."""
     stacks: dict[str, dict[int, _Block]] = {}
     for key, tensor in tensors.items():
-        if match := _BLOCK.match(key):
-            block = stacks.setdefault(match["stack"], {}).setdefault(int(match["index"]), {})
-            block[match["name"]] = (key, tuple(getattr(tensor, "shape", tensor)))
+        if place := split_block(key):
+            stack, index, name = place
+            block = stacks.setdefault(stack, {}).setdefault(index, {})
+            block[name] = (key, tuple(getattr(tensor, "shape", tensor)))
     return stacks
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _BLOCK = re.compile(r"^(?P<prefix>.*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.")
+_PLACE = re.compile(r"^((?:.*?\.)?(?:layers|h|blocks|block))\.(\d+)\.(.+)$")
 
 
 def block_of(key: str) -> int | None:
@@ -21,6 +22,20 @@ def block_of(key: str) -> int | None:
     """
     match = _BLOCK.match(key)
     return int(match["index"]) if match else None
+
+
+def split_block(key: str) -> tuple[str, int, str] | None:
+    """Split the name of a block's tensor into where the blocks are, the block, and the name within the block.
+
+    Example:
+        >>> split_block("model.layers.12.mlp.up_proj.weight"), split_block("lm_head.weight")
+        (('model.layers', 12, 'mlp.up_proj.weight'), None)
+    """
+    match = _PLACE.match(key)
+    if match is None:
+        return None
+    stack, index, name = match.groups()
+    return stack, int(index), name
 
 
 def fold(keys: Iterable[str], limit: int = 12) -> str:

@@ -45,6 +45,7 @@ class Command:
 
 
 COMMANDS = (
+    Command("inspect", "show the blocks and tensors of a checkpoint", "sharded_ckpt.commands.inspect"),
     Command("demo", "load, shrink, save and reload a real model over ranks", "sharded_ckpt.demo.command"),
 )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from support.fake_hub import COMMIT, REPO, FakeHub, serve
+from support.fake_hub import COMMIT, REPO, FakeHub, serve, use_hub
 from support.raw_files import write_checkpoint
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError
@@ -30,20 +30,9 @@ def files(tmp_path: Path) -> dict[str, bytes]:
 def hub(files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub, a cache that is empty, and nothing of either in other tests."""
     with serve(FakeHub(files)) as hub:
-        use(hub.url, tmp_path, monkeypatch)
+        use_hub(hub.url, tmp_path / "cache", monkeypatch)
         yield hub
         huggingface_hub.close_session()
-
-
-def use(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 def test_only_the_files_that_hold_wanted_keys_are_downloaded(hub: FakeHub, files: dict[str, bytes]) -> None:
@@ -138,7 +127,7 @@ def test_a_gated_repository_says_what_to_do(hub: FakeHub) -> None:
 
 
 def test_an_unreachable_hub_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use("http://127.0.0.1:1", tmp_path, monkeypatch)
+    use_hub("http://127.0.0.1:1", tmp_path / "cache", monkeypatch)
     with pytest.raises(CheckpointNotFoundError, match="that can be reached or was downloaded before"):
         open_source(REPO)
     huggingface_hub.close_session()

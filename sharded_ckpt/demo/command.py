@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
+
+from sharded_ckpt.commands.arguments import add_json, as_json, positive
 
 DESCRIPTION = """\
 Load SmolLM2-135M-Instruct, and a heterogeneous variant of it that lacks the attention of some
@@ -29,16 +30,14 @@ example:
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add what the demo can be told."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.add_argument(
-        "--ranks", type=_positive, default=2, metavar="N", help="number of ranks (default: 2)"
-    )
+    parser.add_argument("--ranks", type=positive, default=2, metavar="N", help="number of ranks (default: 2)")
     parser.add_argument(
         "--cache",
         type=Path,
         metavar="DIR",
         help="where the models are kept (default: $SHARDED_CKPT_CACHE, or sharded-ckpt in the user's cache)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_json(parser)
     parser.add_argument(
         "--no-real-weights",
         action="store_true",
@@ -60,15 +59,5 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str,
         real_weights=not arguments.no_real_weights,
         say=say,
     )
-    text = json.dumps(result.to_dict(), indent=2) if arguments.json else str(result)
+    text = as_json(result.to_dict()) if arguments.json else str(result)
     return text, 0 if result.is_exact else 1
-
-
-def _positive(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return number

@@ -23,7 +23,7 @@ from patchers.dialects import (
 )
 from patchers.errors import BlockConfigError
 from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
-from patchers.inference import infer_block_configs
+from patchers.inference import contradictions, infer_block_configs
 from patchers.names import fold_indices
 from sharded_ckpt.saving.carried_files import READABLE_AS_DECILM, config_saying
 
@@ -108,16 +108,13 @@ def check_blocks(raw: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]])
     Raises:
         BlockConfigError: They contradict each other; the message names the blocks.
     """
-    told = read_block_configs(raw)
-    if told is None and raw.get("model_type") not in PLAIN_FAMILIES:
+    if read_block_configs(raw) is None and raw.get("model_type") not in PLAIN_FAMILIES:
         return
-    found = infer_block_configs(tensors, raw)
-    sizes = BaseSizes.of(raw)
-    blocks = [resolve_block(block, sizes) for block in (told[0] if told else [BlockConfig()] * len(found))]
-    wrong = [index for index, pair in enumerate(zip(blocks, found, strict=True)) if pair[0] != pair[1]]
+    wrong = contradictions(raw, infer_block_configs(tensors, raw))
     if wrong:
         shown = [
-            f"block {i}: the config says {blocks[i]!r}, its tensors {found[i]!r}" for i in wrong[:_SHOWN]
+            f"block {index}: the config says {said!r}, its tensors {found!r}"
+            for index, (said, found) in list(wrong.items())[:_SHOWN]
         ]
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         raise BlockConfigError(

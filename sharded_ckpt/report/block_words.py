@@ -1,0 +1,63 @@
+"""What a block is, in a few words and as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig
+
+UNKNOWN = "?"
+
+
+def attention_words(block: BlockConfig | None) -> str:
+    """Say what the attention of a block is.
+
+    Example:
+        >>> attention_words(BlockConfig(AttentionConfig(num_key_value_heads=8))), attention_words(None)
+        ('8 KV heads', '?')
+    """
+    if block is None:
+        return UNKNOWN
+    heads = block.attention.num_key_value_heads
+    return _kind(block.attention) or (UNKNOWN if heads is None else f"{heads} KV head{'s'[: heads != 1]}")
+
+
+def ffn_words(block: BlockConfig | None) -> str:
+    """Say what the FFN of a block is.
+
+    Example:
+        >>> ffn_words(BlockConfig(ffn=FFNConfig(intermediate_size=14336)))
+        '14336 wide'
+        >>> ffn_words(BlockConfig(ffn=FFNConfig(no_op=True)))
+        'no-op'
+    """
+    if block is None:
+        return UNKNOWN
+    ffn, moe = block.ffn, block.ffn.moe
+    if moe is not None:
+        shared = moe.shared_expert_intermediate_dim
+        beside = f" + {shared} shared" if shared else ""
+        return f"{moe.num_local_experts} experts, {moe.expert_intermediate_dim} wide{beside}"
+    width = ffn.intermediate_size
+    return _kind(ffn) or (UNKNOWN if width is None else f"{width} wide")
+
+
+def block_dict(block: BlockConfig) -> dict[str, Any]:
+    """Return a block as plain data, without what it does not say.
+
+    Example:
+        >>> block_dict(BlockConfig(AttentionConfig(no_op=True), FFNConfig(64)))
+        {'attention': {'no_op': True}, 'ffn': {'intermediate_size': 64}}
+    """
+    said = asdict(block)
+    for part in said.values():
+        part.pop("extra")
+    return {
+        name: {field: value for field, value in part.items() if value is not None and value is not False}
+        for name, part in said.items()
+    }
+
+
+def _kind(part: AttentionConfig | FFNConfig) -> str | None:
+    return "no-op" if part.no_op else "linear" if part.replace_with_linear else None

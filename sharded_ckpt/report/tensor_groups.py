@@ -1,0 +1,150 @@
+"""The tensors of a checkpoint in few groups: those of one dtype and shape whose names differ only in indexes.
+
+A mixture of experts has 100,000 tensors in a dozen such groups, so whatever is asked of a checkpoint is
+computed by groups.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from patchers.names import fold_indices, split_block
+from sharded_ckpt.checkpoint.entry import DTYPE_BITS, TensorEntry
+
+Numbers: TypeAlias = "tuple[str, ...]"
+"""The indexes in a name, in their order."""
+
+_SPLIT = re.compile(r"\.(\d+)(?=\.|$)").split
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """Tensors of one dtype and shape whose names differ only in their indexes.
+
+    Attributes:
+        words: What stands before, between and after the indexes.
+        dtype: As safetensors calls it.
+        shape: As in the files.
+        size: Bytes of each.
+        numbers: The indexes of each, by the file that holds it.
+    """
+
+    words: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    numbers: Mapping[str, list[Numbers]]
+
+    @cached_property
+    def name(self) -> str:
+        """The names, indexes folded; of several indexes not every combination need exist."""
+        text = self.words[0]
+        for word, column in zip(self.words[1:], zip(*self._all, strict=True), strict=True):
+            different = set(column)
+            folded = fold_indices(map(int, different))
+            text += f".{folded}{word}" if len(different) == 1 else f".{{{folded}}}{word}"
+        return text
+
+    @property
+    def count(self) -> int:
+        """How many tensors."""
+        return sum(map(len, self.numbers.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return self.count * self.size
+
+    @property
+    def elements(self) -> int:
+        """Elements of each."""
+        return self.size * 8 // DTYPE_BITS[self.dtype]
+
+    @cached_property
+    def stack(self) -> str | None:
+        """Where the blocks are that the tensors belong to, `model.layers`; None outside of blocks."""
+        place = split_block(self.words[0] + _joined(self._all[0], self.words[1:]))
+        return None if place is None else place[0]
+
+    @cached_property
+    def block_position(self) -> int:
+        """Which of the indexes is that of the block."""
+        return len(_SPLIT(self.stack or "")) // 2
+
+    def blocks(self) -> set[int]:
+        """Return the blocks that the tensors belong to."""
+        at = self.block_position
+        return set(map(int, {numbers[at] for numbers in self._all}))
+
+    def tails(self) -> dict[int, list[Numbers]]:
+        """Return the indexes that follow that of the block, by block."""
+        found: dict[str, list[Numbers]] = {}
+        at = self.block_position
+        for numbers in self._all:
+            found.setdefault(numbers[at], []).append(numbers[at + 1 :])
+        return {int(block): tails for block, tails in found.items()}
+
+    def name_in_block(self, tail: Numbers) -> str:
+        """Return the name within its block of a tensor."""
+        word, *words = self.words[self.block_position + 1 :]
+        return (word + _joined(tail, words)).removeprefix(".")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data, names folded."""
+        said = {"name": self.name, "dtype": self.dtype, "shape": self.shape}
+        return {**said, "count": self.count, "nbytes": self.nbytes, "files": sorted(self.numbers)}
+
+    @property
+    def _all(self) -> list[Numbers]:
+        return [numbers for listed in self.numbers.values() for numbers in listed]
+
+
+def group_tensors(files: Iterable[tuple[str, Iterable[tuple[str, TensorEntry]]]]) -> list[TensorGroup]:
+    """Group the tensors of a checkpoint.
+
+    Args:
+        files: Each file with its tensors.
+
+    Example:
+        >>> entry = TensorEntry("BF16", (4, 2), 0, 16)
+        >>> items = [(f"model.layers.{i}.mlp.up_proj.weight", entry) for i in (0, 1, 3)]
+        >>> (group,) = group_tensors([("model.safetensors", items)])
+        >>> group.name, group.count, group.stack
+        ('model.layers.{0-1,3}.mlp.up_proj.weight', 3, 'model.layers')
+    """
+    groups: dict[_Key, dict[str, list[Numbers]]] = {}
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    split = _SPLIT
+    for file, items in files:
+        here: dict[_Key, list[Numbers]] = {}
+        for key, (dtype, shape, begin, end) in items:
+            parts = split(key)
+            here.setdefault((tuple(parts[::2]), dtype, shape), []).append(tuple(parts[1::2]))
+            sizes[dtype, shape] = end - begin
+        for kind, numbers in here.items():
+            groups.setdefault(kind, {})[file] = numbers
+    found = [TensorGroup(*kind, sizes[kind[1:]], numbers) for kind, numbers in groups.items()]
+    return sorted((part for group in found for part in _by_stack(group)), key=lambda part: part.name)
+
+
+_Key: TypeAlias = "tuple[tuple[str, ...], str, tuple[int, ...]]"
+
+
+def _by_stack(group: TensorGroup) -> list[TensorGroup]:
+    """Part a group whose blocks are in several numbered places (`stages.0.blocks`, `stages.1.blocks`)."""
+    at = group.block_position
+    if group.stack is None or at == 0:
+        return [group]
+    places: dict[Numbers, dict[str, list[Numbers]]] = {}
+    for file, listed in group.numbers.items():
+        for numbers in listed:
+            places.setdefault(numbers[:at], {}).setdefault(file, []).append(numbers)
+    return [replace(group, numbers=numbers) for numbers in places.values()]
+
+
+def _joined(numbers: Iterable[str], words: Iterable[str]) -> str:
+    return "".join(f".{number}{word}" for number, word in zip(numbers, words, strict=True))
