@@ -46,6 +46,8 @@ class Command:
 
 COMMANDS = (
     Command("inspect", "show the blocks and tensors of a checkpoint", "sharded_ckpt.commands.inspect"),
+    Command("verify", "check a checkpoint: index, headers, files, values", "sharded_ckpt.commands.verify"),
+    Command("plan", "show which rank would own which blocks", "sharded_ckpt.commands.plan"),
     Command("demo", "load, shrink, save and reload a real model over ranks", "sharded_ckpt.demo.command"),
 )
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Problem", "VerifyReport", "rebuild_index", "verify"]
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 
 _READ_BYTES: Final = 8 << 20
 _HASHERS: Final = min(4, os.cpu_count() or 1)

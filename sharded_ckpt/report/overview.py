@@ -56,7 +56,8 @@ class CheckpointOverview:
         parameters: Elements of all tensors.
         nbytes: Bytes of all tensors.
         dtypes: Bytes of the tensors of each dtype.
-        blocks: The blocks, one after the other.
+        stack: Where the blocks of the language model are, such as `model.layers`.
+        blocks: All blocks, one after the other.
         groups: All tensors, names folded.
         notes: What is odd: blocks whose tensors do not tell what they are, or contradict the config.
     """
@@ -69,6 +70,7 @@ class CheckpointOverview:
     parameters: int
     nbytes: int
     dtypes: Mapping[str, int]
+    stack: str | None
     blocks: tuple[BlockRow, ...]
     groups: tuple[TensorGroup, ...]
     notes: tuple[str, ...] = ()
@@ -135,7 +137,7 @@ def overview(checkpoint: str | os.PathLike[str], **options: Any) -> CheckpointOv
         source = reader.source
         reader.close()
     config = read_json(source, "config.json") if source.exists("config.json") else {}
-    blocks, notes = _blocks(groups, config)
+    stack, blocks, notes = _blocks(groups, config)
     dtypes: dict[str, int] = {}
     for group in groups:
         dtypes[group.dtype] = dtypes.get(group.dtype, 0) + group.nbytes
@@ -149,6 +151,7 @@ def overview(checkpoint: str | os.PathLike[str], **options: Any) -> CheckpointOv
         sum(group.count * group.elements for group in groups),
         sum(group.nbytes for group in groups),
         dtypes,
+        stack,
         blocks,
         tuple(groups),
         notes,
@@ -157,7 +160,7 @@ def overview(checkpoint: str | os.PathLike[str], **options: Any) -> CheckpointOv
 
 def _blocks(
     groups: Sequence[TensorGroup], config: Mapping[str, Any]
-) -> tuple[tuple[BlockRow, ...], tuple[str, ...]]:
+) -> tuple[str | None, tuple[BlockRow, ...], tuple[str, ...]]:
     stacks: dict[str, list[TensorGroup]] = {}
     for group in groups:
         if group.stack is not None:
@@ -170,7 +173,7 @@ def _blocks(
     elif main := main_stack(groups, language_model):
         kinds, notes = infer_kinds(main, stacks[main], language_model)
     rows = [row for name, of in stacks.items() for row in _rows(name, of, kinds if name == main else {})]
-    return tuple(rows), tuple(notes)
+    return main, tuple(rows), tuple(notes)
 
 
 def _rows(stack: str, groups: Sequence[TensorGroup], kinds: Kinds) -> Iterator[BlockRow]:
