@@ -48,6 +48,7 @@ COMMANDS = (
     Command("inspect", "show the blocks and tensors of a checkpoint", "sharded_ckpt.commands.inspect"),
     Command("verify", "check a checkpoint: index, headers, files, values", "sharded_ckpt.commands.verify"),
     Command("plan", "show which rank would own which blocks", "sharded_ckpt.commands.plan"),
+    Command("infer-config", "read block configs off the tensors", "sharded_ckpt.commands.infer_config"),
     Command("demo", "load, shrink, save and reload a real model over ranks", "sharded_ckpt.demo.command"),
 )
 

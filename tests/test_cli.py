@@ -30,7 +30,7 @@ def test_help_lists_every_command_and_an_example(capsys: pytest.CaptureFixture[s
     assert caught.value.code == 0
     text = capsys.readouterr().out
     for command in COMMANDS:
-        assert f"{command.name} " in text
+        assert f"    {command.name}" in text
         assert command.summary in text
     assert "example:\n  sharded-ckpt demo --ranks 2" in text
 

@@ -15,9 +15,17 @@ def add_checkpoint(parser: argparse.ArgumentParser, name: str = "checkpoint") ->
     )
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
+def add_json(parser: argparse.ArgumentParser, help: str = "print JSON instead of text") -> None:
     """Add `--json`."""
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument("--json", action="store_true", help=help)
+
+
+def add_dialect(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add `--dialect`."""
+    from patchers.dialects import Dialect
+
+    names = [dialect.value for dialect in Dialect]
+    parser.add_argument("--dialect", choices=names, metavar="DIALECT", help=f"{help}: {', '.join(names)}")
 
 
 def as_json(value: Any) -> str:
