@@ -17,7 +17,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("sharded_ckpt.errors", "sharded_ckpt.checkpoint"),
     ("collective", "runtime"),  # how a process stands to the others
     ("ownership", "surgery", "config", "model", "ties"),  # one rank's model, before it has weights
-    ("progress", "loading", "distribute", "saving"),  # weights in and out
+    ("progress", "loading", "distribute", "saving", "offload"),  # weights in and out
     ("children", "pipeline", "training"),
     ("report", "cli", "commands", "demo", "__main__"),
     ("sharded_ckpt",),  # the public surface, which nobody inside may use

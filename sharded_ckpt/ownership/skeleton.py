@@ -81,7 +81,7 @@ def skeleton_costs(
 
 def model_bytes(model: PreTrainedModel, descriptor: ModelDescriptor) -> ModelCosts:
     """Measure a whole model (on meta, say) by its parameters and buffers. A tied head counts twice."""
-    return _weights(model, descriptor, _nbytes, "bytes")
+    return _weights(model, descriptor, nbytes_of, "bytes")
 
 
 def _weights(
@@ -94,21 +94,23 @@ def _weights(
     head = sum(size(model.get_submodule(name)) for name in ends)
     blocks = tuple(size(block) for block in model.get_submodule(descriptor.layers).children())
     embedding = sum(size(model.get_submodule(name)) for name in first)
-    others = nn.ModuleList(_others(model, {descriptor.layers, *first, *ends}))
-    return ModelCosts(blocks, embedding, head, by, everywhere=size(others))
+    others = modules_beside(model, {descriptor.layers, *first, *ends})
+    everywhere = sum(size(model.get_submodule(name)) for name in others)
+    return ModelCosts(blocks, embedding, head, by, everywhere=everywhere)
 
 
-def _others(model: nn.Module, parts: Collection[str], prefix: str = "") -> Iterator[nn.Module]:
-    """Yield the modules that belong to no part: position embeddings, a norm of the embedding, say."""
+def modules_beside(model: nn.Module, parts: Collection[str], prefix: str = "") -> Iterator[str]:
+    """Yield the names of modules that are in no part: position embeddings, a norm of the embedding, say."""
     for name, module in model.named_children():
         path = f"{prefix}{name}"
         if any(part.startswith(f"{path}.") for part in parts):
-            yield from _others(module, parts, f"{path}.")
+            yield from modules_beside(module, parts, f"{path}.")
         elif path not in parts:
-            yield module
+            yield path
 
 
-def _nbytes(module: nn.Module) -> int:
+def nbytes_of(module: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers of a module."""
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 

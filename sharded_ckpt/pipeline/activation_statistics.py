@@ -50,6 +50,8 @@ class ActivationStatistics:
         self._counts: Tensor | None = None
         for index in blocks:
             block = model.get_submodule(descriptor.block_name(index))
+            if any(parameter.is_meta for parameter in block.parameters()):
+                raise ConfigError(f"block {index} is offloaded, so its activations cannot be measured")
             self._watch_ffn(block, descriptor, index)
             self._watch_attention(block, descriptor, index)
 

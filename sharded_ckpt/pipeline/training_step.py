@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from patchers.errors import ConfigError
+from patchers.names import fold
 from sharded_ckpt.pipeline.inputs import cut, sizes_of
 from sharded_ckpt.pipeline.one_f_one_b import one_forward_one_backward
 from sharded_ckpt.pipeline.shared_parameters import SharedParameter, sum_gradients
@@ -39,6 +40,7 @@ def train_step(
     inputs, others = separated(stage.shard, batch)
     sizes = sizes_of(micro_batches, batch["input_ids"].shape[0])
     with stage.collectively("a training step"), torch.enable_grad():
+        _require_here(stage.shard)
         parts = stage.prepared({**inputs, "use_cache": False}, sizes)
         with _set_aside(stage.shared_parameters):
             passes = _Passes(stage, _Loss(stage, loss_fn, others, num_items_in_batch))
@@ -63,6 +65,14 @@ def clip_grad_norm_(stage: PipelineStage, max_norm: float, norm_type: float = 2.
     total = torch.linalg.vector_norm(torch.tensor(norms, dtype=torch.float64), norm_type)
     nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
     return total
+
+
+def _require_here(shard: nn.Module) -> None:
+    elsewhere = [name for name, parameter in shard.named_parameters() if parameter.is_meta]
+    if elsewhere:
+        raise ConfigError(
+            f"{fold(elsewhere)} is offloaded, so it cannot be trained: load the shard whole, or on more ranks"
+        )
 
 
 def separated(shard: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
