@@ -49,6 +49,7 @@ COMMANDS = (
     Command("verify", "check a checkpoint: index, headers, files, values", "sharded_ckpt.commands.verify"),
     Command("plan", "show which rank would own which blocks", "sharded_ckpt.commands.plan"),
     Command("infer-config", "read block configs off the tensors", "sharded_ckpt.commands.infer_config"),
+    Command("generate", "continue prompts over the ranks of torchrun", "sharded_ckpt.commands.generate"),
     Command("demo", "load, shrink, save and reload a real model over ranks", "sharded_ckpt.demo.command"),
 )
 
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser(chosen, module).parse_args(argv)
     try:
         text, code = module.run(arguments, _say)
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(text + "\n" if text else "")  # of several ranks, one speaks
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader has seen enough: `sharded-ckpt … | head`

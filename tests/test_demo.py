@@ -17,12 +17,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from support.gloo import Gloo
 from support.tiny import tensors_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patchers.descriptor import ModelDescriptor
-from patchers.errors import OwnershipError
 from patchers.substitutes import NoAttention, NoFFN
 from sharded_ckpt.children import init_child_from_parent
 from sharded_ckpt.cli import main
@@ -31,10 +29,9 @@ from sharded_ckpt.demo.comparison import compare_with_files, same_bits
 from sharded_ckpt.demo.pruning import Pruning
 from sharded_ckpt.demo.results import DemoResult, ModelResult, ShardResult, StepResult
 from sharded_ckpt.demo.round_trip import make, reload, save
-from sharded_ckpt.demo.stage import Stage
 from sharded_ckpt.demo.variant import Dropped, variant_folder
 from sharded_ckpt.loading.verbs import load_and_shard_model
-from sharded_ckpt.runtime import Runtime, default_runtime
+from sharded_ckpt.runtime import Runtime
 
 DROPPED = Dropped(attention=(3, 5), ffn=(4,))
 PRUNING = Pruning(Dropped(attention=(4,)), half_ffn=(2, 5))
@@ -336,52 +333,6 @@ def test_bits_are_compared_not_values() -> None:
     assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16))
     assert not same_bits(torch.zeros(2, 1), torch.zeros(1, 2))
     assert same_bits(torch.tensor(1.0), torch.tensor(1.0))
-
-
-# --- the stage
-
-
-def run_stage(folder: Path, blocks: list[list[int]], ids: torch.Tensor) -> list[torch.Tensor | None]:
-    """Logits of a whole pass, then of the same tokens one by one with a cache."""
-    runtime = default_runtime(device="cpu")
-    owned = blocks[runtime.global_rank]
-    shard = load_and_shard_model("auto", folder, owned, runtime=runtime, dtype=torch.float32)
-    stage = Stage(shard, owned, runtime)
-    cache = DynamicCache(config=shard.config)
-    steps = [stage.forward(ids)]
-    for token in ids.split(1, dim=1):
-        steps.append(stage.forward(token, cache))
-    head = steps[0]
-    shared = stage.share(None if head is None else head[:, -1:].argmax(-1))
-    return [*steps, shared]
-
-
-@pytest.mark.parametrize("blocks", [[[0, 1, 2], [3, 4], [5, 6, 7]], [[0, 1, 2, 3], [], [4, 5, 6, 7]]])
-def test_a_pass_through_the_ranks_gives_the_logits_of_the_whole_model(
-    gloo: Gloo, variant: Path, blocks: list[list[int]]
-) -> None:
-    ids = torch.tensor([[5, 17, 200, 3, 99]])
-    first, second, third = gloo.run_ok(run_stage, variant, blocks, ids, world_size=3)
-    assert first[:-1] == second[:-1] == [None] * 6
-    with torch.no_grad():
-        logits = load_and_shard_model("auto", variant, dtype=torch.float32)(ids).logits
-    torch.testing.assert_close(third[0], logits, atol=1e-5, rtol=0)
-    torch.testing.assert_close(torch.cat(third[1:-1], dim=1), logits, atol=1e-5, rtol=0)
-    best = logits[:, -1:].argmax(-1)
-    assert first[-1].equal(best)
-    assert second[-1].equal(best)
-    assert third[-1].equal(best)
-
-
-@pytest.mark.parametrize("blocks", [[0, 1, 2, 3, 4, 5, 6], [4, 5, 6, 7, 0, 1, 2, 3]])
-def test_a_pass_through_other_than_runs_in_order_is_refused(variant: Path, blocks: list[int]) -> None:
-    shard = load_and_shard_model("auto", variant, blocks)
-    with pytest.raises(OwnershipError) as caught:
-        Stage(shard, blocks, Runtime(torch.device("cpu")))
-    assert str(caught.value) == (
-        "a pass through the ranks needs all 8 blocks in runs, in the order of the ranks; the ranks own "
-        f"[{blocks}]"
-    )
 
 
 # --- memory and text

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.gloo import Gloo
-from support.pipelines import decoded, logits_of
+from support.pipelines import decoded, logits_of, stage_of
 from support.tiny import heterogeneous_checkpoint
 from transformers import PreTrainedModel
 
@@ -81,3 +81,23 @@ def test_decoding_with_a_cache_equals_the_whole_model_with_padding(gloo: Gloo, f
 
 def _decoded_padded(checkpoint: Path) -> list[Any]:
     return decoded(checkpoint, None, IDS, 4, attention_mask=MASK)
+
+
+def test_only_hidden_states_and_ids_travel(gloo: Gloo, folder: Path) -> None:
+    checkpoint = heterogeneous_checkpoint(folder)
+    sent = gloo.run_ok(_sent_by_decoding, checkpoint, world_size=3)
+    hidden, ids = 4 * 64 * 4, 4 * 8  # four rows of 64 float32 numbers; four token ids
+    assert sent == [hidden, hidden, 2 * ids]  # a token; the last stage tells the ids to both others
+
+
+def _sent_by_decoding(checkpoint: Path) -> float:
+    """Return the bytes that this rank sends for one more token of each row."""
+    stage = stage_of(checkpoint)
+    assert stage.links is not None
+    totals = []
+    for new in (4, 14, 24):  # the form of hidden states is told once
+        before = stage.links.sent_bytes
+        stage.generate(IDS, max_new_tokens=new, do_sample=False, eos_token_id=None, micro_batches=[3, 1])
+        totals.append(stage.links.sent_bytes - before)
+    assert (totals[2] - totals[1]) % 10 == 0
+    return (totals[2] - totals[1]) // 10

@@ -22,6 +22,7 @@ from patchers.descriptor import ModelDescriptor
 from sharded_ckpt.config import load_model_config
 from sharded_ckpt.loading.report import LoadReport
 from sharded_ckpt.loading.verbs import load_and_shard_model
+from sharded_ckpt.pipeline import PipelineStage
 from sharded_ckpt.runtime import Runtime, default_runtime
 
 from .comparison import compare_with_files
@@ -30,8 +31,6 @@ from .memory import forget_peak_memory, peak_memory
 from .ranks import Place
 from .results import RankResult, ShardResult, StepResult
 from .round_trip import make, reload, save
-from .score import complete, loss
-from .stage import Stage
 from .text import PARAGRAPH, PROMPT
 
 _MOST_TOKENS = 24
@@ -122,7 +121,7 @@ def _examine(
     load_seconds, load_peak = time.perf_counter() - began, memory.peak()
     forget_peak_memory()
     report: LoadReport = shard.load_report  # type: ignore[assignment]
-    found, completion = _run(Stage(shard, report.blocks, runtime), tokenizer)
+    found, completion = _run(PipelineStage(shard, runtime), tokenizer)
     run_peak = memory.peak()
     comparison = compare_with_files(shard, folder)
     result = ShardResult(
@@ -140,14 +139,17 @@ def _examine(
     return result, shard
 
 
-def _run(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> tuple[float | None, str]:
+def _run(stage: PipelineStage, tokenizer: PreTrainedTokenizerBase) -> tuple[float | None, str]:
     """Return the loss on the paragraph, and how the model goes on with the prompt until the line ends."""
-    eos = stage.shard.generation_config.eos_token_id
-    ends = {*eos} if isinstance(eos, list) else {eos}
-
-    def is_done(made: list[int]) -> bool:
-        return bool(made) and (made[-1] in ends or "\n" in tokenizer.decode(made))
-
-    found = loss(stage, tokenizer(PARAGRAPH)["input_ids"])
-    made = complete(stage, tokenizer(PROMPT)["input_ids"], limit=_MOST_TOKENS, is_done=is_done)
-    return found, str(tokenizer.decode(made, skip_special_tokens=True)).rstrip()
+    paragraph, prompt = (torch.tensor([tokenizer(text)["input_ids"]]) for text in (PARAGRAPH, PROMPT))
+    output = stage(paragraph, labels=paragraph)
+    tokens = stage.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=_MOST_TOKENS,
+        do_sample=False,
+        stop_strings=["\n"],
+        tokenizer=tokenizer,
+    )
+    made = tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)
+    return None if output is None else output.loss.item(), str(made).rstrip()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import (
@@ -27,6 +27,7 @@ from patchers.errors import ConfigError
 from sharded_ckpt.pipeline.cache import with_room
 from sharded_ckpt.pipeline.inputs import CACHES, cut, sizes_of
 from sharded_ckpt.pipeline.sampling import Sampler
+from sharded_ckpt.pipeline.step_times import measured_rows
 from sharded_ckpt.pipeline.wire import Arrival
 
 if TYPE_CHECKING:
@@ -39,14 +40,18 @@ _ONLY_ON_THE_LAST_STAGE = ("output_scores", "output_logits", "output_attentions"
 def generate(
     stage: PipelineStage,
     inputs: torch.Tensor,
-    micro_batches: int | Sequence[int],
+    micro_batches: int | Sequence[int] | Literal["auto"],
     seed: int | None,
     options: Mapping[str, Any],
 ) -> torch.Tensor:
     """Take prompts through the stages, as transformers' `generate` prepares them; see the stage's method."""
     given, options = _expanded(stage, inputs, options)
     generator = None if seed is None else torch.Generator(stage.runtime.device).manual_seed(seed)
-    rows = sizes_of(micro_batches, given["input_ids"].shape[0])
+    batch, length = given["input_ids"].shape
+    if isinstance(micro_batches, str):
+        rows = measured_rows(stage, batch, length)
+    else:
+        rows = sizes_of(micro_batches, batch)
     if len(rows) > 1 and options.get("past_key_values") is not None:
         raise ConfigError("past_key_values cannot be cut into micro-batches: pass micro_batches=1")
     parts = _prepared(stage, given, rows, options, generator)

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -142,7 +142,7 @@ class PipelineStage:
         self,
         inputs: torch.Tensor,
         *,
-        micro_batches: int | Sequence[int] = 1,
+        micro_batches: int | Sequence[int] | Literal["auto"] = 1,
         seed: int | None = None,
         **options: Any,
     ) -> torch.Tensor:
@@ -152,8 +152,8 @@ class PipelineStage:
 
         Args:
             inputs: `input_ids` `(batch, tokens)`; shorter prompts are padded on the left.
-            micro_batches: Into how many parts the batch is cut so that all stages work at once, or the number
-                of rows of each.
+            micro_batches: Into how many parts the batch is cut so that all stages work at once, the number of
+                rows of each, or "auto": the cut whose steps are the fastest, by measuring some first.
             seed: For sampling; by default the last rank's default generator goes on.
             **options: What transformers' `generate` takes: `generation_config` or its fields
                 (`max_new_tokens`, `do_sample`, `temperature`, `prefill_chunk_size`, …), `attention_mask`,
