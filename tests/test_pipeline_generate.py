@@ -7,13 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from support.gloo import Gloo
-from support.pipelines import generated
+from support.pipelines import generated, stage_of
 from support.tiny import heterogeneous_checkpoint
-from transformers import GenerationConfig
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+from transformers.generation import BaseStreamer
 
-from sharded_ckpt import load_and_shard_model
+from patchers.errors import CollectiveError, ConfigError
+from sharded_ckpt import Runtime, load_and_shard_model
+from sharded_ckpt.demo.tiny import tiny_folder
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 PROMPTS = torch.randint(4, 128, (4, 7), generator=torch.Generator().manual_seed(2))
@@ -82,3 +92,108 @@ def test_recorded_checkpoints_decode_to_their_recorded_tokens(gloo: Gloo, name: 
     call |= {"do_sample": False, "eos_token_id": None, "micro_batches": 2}
     for rank in gloo.run_ok(generated, GOLDEN / name / "checkpoint", None, [call], world_size=world_size):
         assert torch.equal(rank[0], tokens)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"num_beams": 2}, "greedily or by sampling; beam_search was asked for"),
+    (
+        {"return_dict_in_generate": True, "output_logits": True},
+        "output_logits cannot be given by a pipeline's",
+    ),
+    (
+        {"past_key_values": DynamicCache()},
+        "past_key_values cannot be given to a pipeline's generate: it makes",
+    ),
+    ({"use_cache": False, "prefill_chunk_size": 2}, "only with a cache"),
+    ({"max_new_token": 3}, "max_new_token"),
+]
+
+
+def refuse(checkpoint: Path) -> list[str]:
+    texts = []
+    for options, _ in REFUSED:
+        with pytest.raises((CollectiveError, ConfigError)) as caught:
+            stage_of(checkpoint).generate(PROMPTS, **options)
+        texts.append(str(caught.value))
+    return texts
+
+
+def test_what_a_pipeline_does_not_generate_is_refused_by_all_ranks(gloo: Gloo, folder: Path) -> None:
+    for texts in gloo.run_ok(refuse, heterogeneous_checkpoint(folder)):
+        for text, (_, said) in zip(texts, REFUSED, strict=True):
+            assert said in text
+
+
+class Ends(LogitsProcessor):
+    """A processor of one's own: from the third new token on, row by row, only the end token is possible."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] > PROMPTS.shape[1] + 1:
+            scores = torch.full_like(scores, -torch.inf)
+            scores[:, 2] = 0.0
+        return scores
+
+
+class Told(BaseStreamer):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[list[int]] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.said.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.said.append([])
+
+
+def stream(checkpoint: Path, micro_batches: int) -> tuple[torch.Tensor, list[list[int]]]:
+    stage, told = stage_of(checkpoint), Told()
+    tokens = stage.generate(
+        PROMPTS,
+        attention_mask=torch.ones_like(PROMPTS),
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=2,
+        pad_token_id=0,
+        logits_processor=LogitsProcessorList([Ends()]),
+        micro_batches=micro_batches,
+        streamer=told if dist.get_rank() != 1 else None,
+    )
+    return tokens, told.said
+
+
+def test_ones_own_processors_and_streamers_are_used(gloo: Gloo, folder: Path) -> None:
+    ranks = gloo.run_ok(stream, heterogeneous_checkpoint(folder), 2, world_size=3)
+    tokens, said = ranks[0]
+    new = tokens[:, PROMPTS.shape[1] :]
+    assert new.shape[1] == 3
+    assert set(new[:, 2].tolist()) == {2}
+    assert said == [PROMPTS.flatten().tolist(), *new.T.tolist(), []] == ranks[2][1]
+    assert ranks[1][1] == []
+
+
+def stop(folder: Path, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what one process makes, and what the ranks make, with a stop string."""
+    options = {"max_new_tokens": 20, "do_sample": False, "stop_strings": [text], "eos_token_id": None}
+    options |= {
+        "tokenizer": AutoTokenizer.from_pretrained(folder),
+        "attention_mask": torch.ones_like(PROMPTS),
+    }
+    whole = load_and_shard_model("auto", folder, {*range(8)}, runtime=Runtime(torch.device("cpu")))
+    stage = stage_of(folder)
+    return whole.float().generate(PROMPTS, **options), stage.generate(PROMPTS, micro_batches=4, **options)
+
+
+def test_stop_strings_end_rows_where_one_process_ends_them(gloo: Gloo, folder: Path) -> None:
+    model = tiny_folder(folder / "with-tokenizer")
+    free = load_and_shard_model("auto", model, dtype=torch.float32).generate(
+        PROMPTS,
+        attention_mask=torch.ones_like(PROMPTS),
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    text = AutoTokenizer.from_pretrained(model).decode(free[1, 9:10])
+    for alone, together in gloo.run_ok(stop, model, text):
+        assert torch.equal(alone, together)

@@ -12,6 +12,7 @@ import pytest
 
 from sharded_ckpt.demo.tiny import tiny_folder
 
+SCRIPT = Path(__file__).resolve().parents[1] / "docs" / "generate.py"
 PROMPTS = ["The sea is", "A"]
 LAUNCHERS = {
     "alone": [],
@@ -43,14 +44,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("launch") / "tiny-random-llama")
 
 
+def environment() -> dict[str, str]:
+    """One thread a rank, and no accelerator, so that every launcher runs the same arithmetic."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def launch(module: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(
         [sys.executable, "-m", *module, *arguments],
         capture_output=True,
         text=True,
         timeout=200,
-        env=environment,
+        env=environment(),
     )
 
 
@@ -66,6 +71,19 @@ def test_the_command_gives_the_same_texts_under_every_launcher(model: Path) -> N
     assert said["torchrun"] == said["accelerate"] == said["alone"]
     assert [each["prompt"] for each in said["alone"]] == PROMPTS
     assert all(each["text"] for each in said["alone"])
+
+
+@pytest.mark.slow
+def test_the_example_script_runs_alone_and_under_torchrun(model: Path) -> None:
+    said = []
+    for launcher in ([], LAUNCHERS["torchrun"][:-1]):
+        started = ["-m", *launcher] if launcher else []
+        command = [sys.executable, *started, str(SCRIPT), str(model), PROMPTS[0]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.splitlines()[-1])
+    assert said[0] == said[1]
+    assert said[0].startswith(PROMPTS[0])
 
 
 @pytest.mark.slow

@@ -46,10 +46,14 @@ class RoomyLayer(DynamicLayer):
 def with_room(cache: Any) -> Any:
     """Give an empty `DynamicCache` room to grow where it would copy; any other cache stays as it is."""
     if type(cache) is DynamicCache:
-        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layers = [RoomyLayer() if _is_plain_and_empty(layer) else layer for layer in cache.layers]
         if cache.layer_class_to_replicate is DynamicLayer:
             cache.layer_class_to_replicate = RoomyLayer
     return cache
+
+
+def _is_plain_and_empty(layer: Any) -> bool:
+    return type(layer) is DynamicLayer and not layer.is_initialized
 
 
 def _is_elsewhere(held: torch.Tensor, room: torch.Tensor) -> bool:

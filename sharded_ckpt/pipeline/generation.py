@@ -34,7 +34,20 @@ if TYPE_CHECKING:
     from sharded_ckpt.pipeline.stage import PipelineStage
 
 _WITH_STATE = ("logits_processor", "stopping_criteria")
-_ONLY_ON_THE_LAST_STAGE = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_REFUSED = {
+    "past_key_values": "makes a cache of its own for each micro-batch; give the whole text as input_ids",
+    "cache_params": "makes a cache of its own for each micro-batch; give the whole text as input_ids",
+    "assistant_model": "generates without help",
+    "custom_generate": "is a loop of its own",
+    "inputs_embeds": "runs on input_ids",
+}
+_MORE_THAN_IDS = (
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict_in_generate",
+)
 
 
 def generate(
@@ -45,6 +58,9 @@ def generate(
     options: Mapping[str, Any],
 ) -> torch.Tensor:
     """Take prompts through the stages, as transformers' `generate` prepares them; see the stage's method."""
+    for name in _REFUSED:
+        if options.get(name):
+            raise ConfigError(f"{name} cannot be given to a pipeline's generate: it {_REFUSED[name]}")
     given, options = _expanded(stage, inputs, options)
     generator = None if seed is None else torch.Generator(stage.runtime.device).manual_seed(seed)
     batch, length = given["input_ids"].shape
@@ -52,8 +68,6 @@ def generate(
         rows = measured_rows(stage, batch, length)
     else:
         rows = sizes_of(micro_batches, batch)
-    if len(rows) > 1 and options.get("past_key_values") is not None:
-        raise ConfigError("past_key_values cannot be cut into micro-batches: pass micro_batches=1")
     parts = _prepared(stage, given, rows, options, generator)
     if len(parts) > 1 and not all(part.sampler.pads_or_stops_together for part in parts):
         # rows that have ended are not padded then, but go on until the last one ends
@@ -150,7 +164,7 @@ def _require_plain(config: GenerationConfig, prepared: Mapping[str, Any]) -> Non
             f"a pipeline generates greedily or by sampling; {mode.value} was asked for (num_beams, "
             "penalty_alpha, assistant_model …)"
         )
-    for name in _ONLY_ON_THE_LAST_STAGE:
+    for name in _MORE_THAN_IDS:
         if getattr(config, name, None):
             raise ConfigError(f"{name} cannot be given by a pipeline's generate, which returns token ids")
     if config.prefill_chunk_size is not None and not any(prepared.get(name) is not None for name in CACHES):

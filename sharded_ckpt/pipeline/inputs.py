@@ -139,7 +139,11 @@ def _told(value: Any) -> bytes:
         return repr(("cache", _length(value))).encode()
     if isinstance(value, GenerationConfig):
         return value.to_json_string().encode()
-    plain_data = isinstance(value, (bool, int, float, str, tuple, list, dict, type(None)))
+    if isinstance(value, Mapping):
+        return repr([(name, _number(value[name])) for name in sorted(value)]).encode()
+    if isinstance(value, (tuple, list)):
+        return repr([_number(each) for each in value]).encode()
+    plain_data = isinstance(value, (bool, int, float, str, type(None)))
     return (repr(value) if plain_data else type(value).__qualname__).encode()
 
 
