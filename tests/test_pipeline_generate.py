@@ -113,7 +113,7 @@ def refuse(checkpoint: Path) -> list[str]:
     texts = []
     for options, _ in REFUSED:
         with pytest.raises((CollectiveError, ConfigError)) as caught:
-            stage_of(checkpoint).generate(PROMPTS, **options)
+            stage_of(checkpoint).generate(PROMPTS, **{"max_new_tokens": 3, **options})
         texts.append(str(caught.value))
     return texts
 

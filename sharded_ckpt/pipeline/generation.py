@@ -59,7 +59,7 @@ def generate(
 ) -> torch.Tensor:
     """Take prompts through the stages, as transformers' `generate` prepares them; see the stage's method."""
     for name in _REFUSED:
-        if options.get(name):
+        if options.get(name) is not None:
             raise ConfigError(f"{name} cannot be given to a pipeline's generate: it {_REFUSED[name]}")
     given, options = _expanded(stage, inputs, options)
     generator = None if seed is None else torch.Generator(stage.runtime.device).manual_seed(seed)
@@ -89,11 +89,15 @@ def _expanded(
     times = next((number for number in asked if number), 1)
     tensors = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
     given = {
-        name: value.to(stage.runtime.device).repeat_interleave(times, dim=0)
+        name: _repeated(value.to(stage.runtime.device), inputs.shape[0], times)
         for name, value in {"input_ids": inputs, **tensors}.items()
     }
     rest = {name: value for name, value in options.items() if name not in tensors}
     return given, rest if times == 1 else rest | {"num_return_sequences": 1}
+
+
+def _repeated(tensor: torch.Tensor, batch: int, times: int) -> torch.Tensor:
+    return tensor.repeat_interleave(times, dim=0) if tensor.shape[:1] == (batch,) else tensor
 
 
 def _prepared(
@@ -293,7 +297,8 @@ class _Part:
         if self._stage.body.blocks:
             inputs = model.prepare_inputs_for_generation(input_ids, **prepare, **others)
             output = self._stage.run(inputs | {"return_dict": True}, head=head).output
-            self._logits = output.logits[:, -1]
+            if head and self._stage.is_last:
+                self._logits = output.logits[:, -1].clone()  # a view would keep all of them alive
             if head:
                 self._others = model._update_model_kwargs_for_generation(output, self._others)
         if head and links is not None and not self._stage.is_last:
