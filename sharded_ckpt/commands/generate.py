@@ -96,11 +96,11 @@ def _generate(arguments: argparse.Namespace, prompts: list[str], runtime: Runtim
     from sharded_ckpt.loading.verbs import load_and_shard_model
     from sharded_ckpt.pipeline import PipelineStage
 
+    shard = load_and_shard_model("auto", arguments.model, runtime=runtime, dtype=arguments.dtype)
+    stage = PipelineStage(shard, runtime)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    shard = load_and_shard_model("auto", arguments.model, runtime=runtime, dtype=arguments.dtype)
-    stage = PipelineStage(shard, runtime)
     texts = [_in_template(tokenizer, prompt) for prompt in prompts] if arguments.chat else prompts
     inputs = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not arguments.chat)
     tokens = stage.generate(
