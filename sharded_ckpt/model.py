@@ -21,6 +21,7 @@ from patchers.substitutes import Unowned, UnownedBlock, UnownedEmbedding
 from sharded_ckpt.ownership.plan import check_ownership
 from sharded_ckpt.runtime import as_runtime
 from sharded_ckpt.surgery import set_submodule
+from sharded_ckpt.ties import remember_ties
 
 
 def create_sharded_model(
@@ -108,9 +109,8 @@ def create_local_shard_(
         for name in filter(None, (descriptor.final_norm, descriptor.head)):
             if _has_tensors(model.get_submodule(name)):  # some families use a bare norm in other places, too
                 _replace(model, name, Unowned)
-    if not {0, count - 1} <= owned:
-        _forget_ties(model)
     if len(owned) < count:
+        _keep_ties_within(model)
         _refuse_whole_model_methods(model)
     return model
 
@@ -185,10 +185,16 @@ def _without_storage(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _forget_ties(model: PreTrainedModel) -> None:
-    """A shard without both ends has nothing to tie; a later `tie_weights()` would turn its head into meta."""
-    model.all_tied_weights_keys = {}
-    model._tied_weights_keys = {}
+def _keep_ties_within(model: PreTrainedModel) -> None:
+    """Forget the ties to what is not owned: a later `tie_weights()` would turn their other end into meta."""
+    ties = dict(model.all_tied_weights_keys)
+    here = model.state_dict(keep_vars=True) if ties else {}
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.all_tied_weights_keys, part._tied_weights_keys = {}, {}
+    kept = {target: source for target, source in ties.items() if target in here and source in here}
+    model.all_tied_weights_keys, model._tied_weights_keys = kept, dict(kept)
+    remember_ties(model, ties)
 
 
 class _Refusal:

@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_OF_THE_WHOLE = "_ties_of_the_whole"
+
+
+def remember_ties(model: Any, ties: Mapping[str, str]) -> None:
+    """Note on a partial shard what is tied in the whole model."""
+    vars(model)[_OF_THE_WHOLE] = {**ties, **vars(model).get(_OF_THE_WHOLE, {})}
+
 
 def ties_of(config: Any, model_class: type | None, model: Any = None) -> dict[str, str]:
     """Return which name is tied to which: what the config says, in the words of the model's class.
@@ -12,14 +19,15 @@ def ties_of(config: Any, model_class: type | None, model: Any = None) -> dict[st
     Args:
         config: Of the model, if it has one.
         model_class: Its class.
-        model: The model itself, which may know better where the class speaks in patterns. A partial shard has
-            forgotten its ties, and a model whose ends have diverged some of them.
+        model: The model itself, which may know better where the class speaks in patterns. A partial shard
+            remembers those of the whole; a model whose ends have diverged has forgotten some of them.
     """
     if not getattr(config, "tie_word_embeddings", False):
         return {}
     said = getattr(model_class, "_tied_weights_keys", None)
     ties = dict(said) if isinstance(said, Mapping) else {}
-    return {**ties, **(getattr(model, "all_tied_weights_keys", None) or {})}
+    whole = getattr(model, _OF_THE_WHOLE, None) or {}
+    return {**ties, **whole, **(getattr(model, "all_tied_weights_keys", None) or {})}
 
 
 def partners_of(ties: Mapping[str, str]) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from patchers.dialects.dialect import Dialect
+from patchers.families import OWN_PER_LAYER_CONFIG
 
 BLOCK_CONFIGS = "block_configs"
 PER_LAYER_CONFIG = "per_layer_config"
@@ -16,8 +17,18 @@ CONFIG_FIELDS = (BLOCK_CONFIGS, PER_LAYER_CONFIG, MEGATRON_JSON)
 
 
 def fields_present(config: Mapping[str, Any]) -> list[str]:
-    """Return which of `CONFIG_FIELDS` a config sets."""
-    return [field for field in CONFIG_FIELDS if config.get(field) is not None]
+    """Return which of `CONFIG_FIELDS` a config says blocks in."""
+    return [
+        field for field in CONFIG_FIELDS if config.get(field) is not None and not _is_its_own(field, config)
+    ]
+
+
+def _is_its_own(field: str, config: Mapping[str, Any]) -> bool:
+    """Whether a `per_layer_config` is the family's own matter: it builds what it says, but for `skip`."""
+    if field != PER_LAYER_CONFIG or config.get("model_type") not in OWN_PER_LAYER_CONFIG:
+        return False
+    entries = config[field]
+    return isinstance(entries, Mapping) and not any("skip" in (entry or ()) for entry in entries.values())
 
 
 def detect_dialect(config: Mapping[str, Any]) -> Dialect | None:

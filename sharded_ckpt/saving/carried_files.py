@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Final
 
-from patchers.dialects import CONFIG_FIELDS, Dialect, detect_dialect, write_block_configs
+from patchers.dialects import CONFIG_FIELDS, Dialect, detect_dialect, fields_present, write_block_configs
 from patchers.errors import ConfigError
-from patchers.families import NATIVE_FAMILY
+from patchers.families import NATIVE_FAMILY, OWN_PER_LAYER_CONFIG
 from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.source import read_json
 
@@ -102,7 +102,8 @@ def config_saying(
 
     Raises:
         BlockConfigError: The dialect cannot say a block; the message names block and field.
-        ConfigError: A `nemotron-nas` config in a dialect that the code published with it cannot read.
+        ConfigError: A `nemotron-nas` config in a dialect that the code published with it cannot read, or a
+            family that keeps other things in the dialect's field.
 
     Example:
         >>> from patchers import BlockConfig, FFNConfig
@@ -118,7 +119,13 @@ def config_saying(
             f"does not read; use {' or '.join(known.value for known in READABLE_AS_DECILM)}, or the native "
             "config that load_model_config gives"
         )
-    kept = {name: value for name, value in raw.items() if name not in CONFIG_FIELDS}
+    if family in OWN_PER_LAYER_CONFIG and dialect is Dialect.PER_LAYER:
+        raise ConfigError(
+            f"{family} says other things in per_layer_config itself, so its blocks cannot be said there; use "
+            f"another dialect, such as {Dialect.ANYMODEL.value}"
+        )
+    said = {name for name in CONFIG_FIELDS if raw.get(name) is None or name in fields_present(raw)}
+    kept = {name: value for name, value in raw.items() if name not in said}
     return {**kept, **write_block_configs(blocks, dialect, raw)}
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from patchers.descriptor import ModelDescriptor
-from support.families import family_model
+from support.families import drawn_model, family_config
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ def family_checkpoint(parent: Path, family: str, *, tied: bool = False) -> Famil
     """The checkpoint of a family in a folder of session scope; nobody may change it."""
     if (parent, family, tied) not in _made:
         folder = parent / f"{family}{'-tied' if tied else ''}"
-        model = family_model(family, **({"tie_word_embeddings": True} if tied else {}))
+        config = family_config(family)
+        for part in (config, config.get_text_config()) if tied else ():
+            part.tie_word_embeddings = True
+        model = drawn_model(config)
         model.save_pretrained(folder, max_shard_size="100KB")
         reference = type(model).from_pretrained(folder, dtype=torch.bfloat16)
         layers = reference.get_submodule(ModelDescriptor.from_config(reference.config).layers)
