@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from bench_write import make_ready, make_tensors
-from paired import compare, table, warm
+from bench_write import make_ready, make_tensors, raw_direct
+from paired import compare, run_apart, table, warm
 from torch import nn
 
 from sharded_ckpt.training import ModelState, OptimizerState, load_training_state, save_training_state
@@ -39,22 +39,26 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.9, help="of a processor, that a fair run has had")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    torch.set_num_threads(1)  # those of the parent would be missing in its forks
     model, optimizer = make_state(options.size_gb)
     size = sum(tensor.nbytes for tensor in bytes_of(model, optimizer)) / 1e9
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         if "save" in options.only:
             run = folder / "run"
-            save = {"save_training_state": ours, "DCP": theirs, "DCP, 2 threads": partial(theirs, threads=2)}
+            save = {
+                "save_training_state": ours,
+                "DCP": theirs,
+                "DCP, 2 threads": partial(theirs, threads=2),
+                "raw O_DIRECT writes, 8 threads": raw,
+            }
             methods = {name: partial(method, run, model, optimizer) for name, method in save.items()}
-            ready = partial(make_ready, run, round(1.2 * size * 1e9))
+            ready = partial(make_ready, run, round(2 * size * 1e9))
             measures = compare(methods, options.rounds, prepare=ready, touch=False, share=options.share)
             print(table(f"save, durable: {size:.2f} GB", measures), flush=True)
             shutil.rmtree(run)
         if "load" in options.only:
-            ours(folder / "ours", model, optimizer)
-            theirs(folder / "dcp", model, optimizer)
-            check(folder / "ours", model, optimizer)
+            run_apart(partial(write_both, folder, model, optimizer))
             load = {
                 "load_training_state": partial(load_ours, folder / "ours", model, optimizer),
                 "DCP": partial(load_theirs, folder / "dcp", model, optimizer),
@@ -89,6 +93,14 @@ def bytes_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.T
     return [*model.parameters(), *slots]
 
 
+def write_both(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Write what is to be loaded. Not in the parent: it must start no threads."""
+    ours(folder / "ours", model, optimizer)
+    theirs(folder / "dcp", model, optimizer)
+    check(folder / "ours", model, optimizer)
+    return {}
+
+
 def check(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load what we have saved, before any time is taken."""
     expected = [tensor.detach().clone() for tensor in bytes_of(model, optimizer)]
@@ -118,6 +130,12 @@ def theirs(
     """Save by DCP, to its own format; it waits for the disk by itself."""
     writer = dcp.FileSystemWriter(folder / "out", thread_count=threads)
     dcp.save(state_of(model, optimizer), storage_writer=writer, no_dist=True)
+    return []
+
+
+def raw(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Write as many bytes past the page cache: what the disk gives."""
+    raw_direct(folder, {str(number): tensor for number, tensor in enumerate(bytes_of(model, optimizer))})
     return []
 
 

@@ -86,6 +86,11 @@ def test_what_is_given_says_what_is_loaded(base, overlay, tmp_path):
     [
         ({"from_quantized": True}, ConfigError, r"pass from_hf=True, too"),
         ({"from_hf": True, "model_only": False}, ConfigError, r"no optimizer state: pass model_only=True"),
+        (
+            {"prefix": "model.", "initial_load_path": ".", "from_hf": True},
+            ConfigError,
+            r"is for directories of torch",
+        ),
         ({"from_hf": True}, ConfigError, r"needs initial_load_path, or hf_assets_path"),
         (
             {"initial_load_path": "nowhere"},
@@ -165,12 +170,8 @@ def test_a_source_that_is_not_declared_partial_must_have_everything(base, overla
 
 
 def test_a_checkpoint_of_torch_is_a_source_too(tmp_path):
-    dcp.save(
-        {"base.weight": torch.ones(2, 2), "lora_a.weight": torch.ones(2, 2)},
-        checkpoint_id=tmp_path,
-        no_dist=True,
-    )
-    (spec,) = resolve_initial_load(tmp_path)
+    dcp.save({"model": Adapted(1.0).state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    (spec,) = resolve_initial_load(tmp_path, prefix="model.")
     assert spec.format == "dcp"
     model = Adapted()
     load_sources([spec], model)

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError, CollectiveError, ConfigError
 from sharded_ckpt.checkpoint.coordinator import Solo
@@ -250,6 +251,43 @@ def meshes_apart(out: str) -> Any:
 def test_each_stage_may_have_a_mesh_of_its_own(gloo, tmp_path):
     assert gloo.run_ok(meshes_apart, str(tmp_path / "ckpt"), world_size=4) == [[]] * 4
     assert len(list((tmp_path / "ckpt" / "model").glob("*.safetensors"))) == 4
+
+
+def spread_in_two_ways(out: str) -> list[str]:
+    """FSDP2 over copies (HSDP), and over tensors that tensor parallelism has cut already."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+
+    def made(seed: int, cut_by: str) -> Any:
+        model = tiny_model(layers=1, seed=seed)
+        if cut_by == "tensor parallelism":
+            plan = {
+                "model.layers.*.mlp.up_proj": ColwiseParallel(),
+                "model.layers.*.mlp.down_proj": RowwiseParallel(),
+            }
+            parallelize_module(model, mesh["inner"], plan)
+        fully_shard(model, mesh=mesh["outer"] if cut_by == "tensor parallelism" else mesh)
+        return model, adam_of(model)
+
+    expected = tiny_model(layers=1)
+    reference = adam_of(expected)
+    train(expected, [reference], range(1))
+    wrong = []
+    for way in ("copies", "tensor parallelism"):
+        model, optimizer = made(0, way)
+        for name, parameter in model.named_parameters():
+            parameter.grad = cut(gradient(name, parameter.shape, 0), parameter)
+        optimizer.step()
+        save_training_state(f"{out}/{way}", model, OptimizerState(model, optimizer), durable=False)
+        other, fresh = made(1, way)
+        load_training_state(f"{out}/{way}", other, OptimizerState(other, fresh))
+        found = state_by_name(other, fresh)
+        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in found.items()}
+        wrong += [f"{way}: {name}" for name in same_values(whole, state_by_name(expected, reference))]
+    return wrong
+
+
+def test_meshes_of_two_dimensions_are_put_together_and_cut_alike(gloo, tmp_path):
+    assert gloo.run_ok(spread_in_two_ways, str(tmp_path), world_size=4) == [[]] * 4
 
 
 # Copies ----------------------------------------------------------------------------------------------------

@@ -121,8 +121,7 @@ def _agreed_config(said: Mapping[str, Any] | None, control: Coordinator) -> dict
         if not configs:
             raise ConfigError(
                 "no rank has a model made by peft, which would know its config: pass config=… with the "
-                "content "
-                "of adapter_config.json"
+                "content of adapter_config.json"
             )
         odd = {name for one in configs for name in one if one[name] != configs[0].get(name)}
         if odd:

@@ -180,8 +180,7 @@ def plan_fill(wanted: Sequence[Wanted], found: Mapping[str, TensorSpec], where: 
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise CheckpointError(
             f"{where}: {len(wrong)} tensors do not fit the model: {'; '.join(wrong[:4])}{more}. The model "
-            "may "
-            "be built from other block configs than the one that was saved; nothing was loaded"
+            "may be built from other block configs than the one that was saved; nothing was loaded"
         )
     cast: dict[str, tuple[str, ...]] = {}
     for item, key in pairs:

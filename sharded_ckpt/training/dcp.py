@@ -113,8 +113,7 @@ class SafeLoadPlanner(DefaultLoadPlanner):
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{read_item.dest_index.fqn}: holds more than plain data, which is not loaded because it "
-                "could "
-                f"run code: {error}"
+                f"could run code: {error}"
             ) from error
         buffer = io.BytesIO()
         torch.save(loaded, buffer)  # plain data by now, which torch puts in its place

@@ -31,7 +31,11 @@ def export_checkpoint(
     transforms: StateDictTransforms | None = None,
     config: PreTrainedConfig | None = None,
     runtime: Runtime | Any = None,
-    **options: Any,
+    source: str | os.PathLike[str] | None = None,
+    max_shard_size: int | str | None = None,
+    durable: bool = True,
+    manifest: bool = False,
+    overwrite: bool = True,
 ) -> None:
     """Write the model that the ranks have trained as a complete checkpoint, which `from_pretrained` opens.
 
@@ -44,7 +48,11 @@ def export_checkpoint(
         transforms: What is done to it.
         config: By default the model's own.
         runtime: Where we are. By default torch.distributed says, or this is the only process.
-        **options: The others of `save_sharded_checkpoint`, such as `source` and `max_shard_size`.
+        source: The checkpoint from which tokenizer and other small files are carried over.
+        max_shard_size: Bytes of tensors in one file, or a text such as `"5GB"`.
+        durable: Whether the checkpoint must survive a power cut once this returns.
+        manifest: Whether to write `manifest.json`, with the size and SHA-256 of each file.
+        overwrite: Whether the directory may hold something already.
 
     Raises:
         ConfigError: The model has no config, and none was given.
@@ -75,7 +83,17 @@ def export_checkpoint(
     whole = whole_tensors(state, control, directory)
     with together(control, f"preparing the export to {directory}"):
         exported = _exported(native, transforms, whole)
-    save_sharded_checkpoint(exported, directory, config=config, runtime=runtime, **options)
+    save_sharded_checkpoint(
+        exported,
+        directory,
+        config=config,
+        runtime=runtime,
+        source=source,
+        max_shard_size=max_shard_size,
+        durable=durable,
+        manifest=manifest,
+        overwrite=overwrite,
+    )
 
 
 def _exported(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -48,6 +48,7 @@ def resolve_initial_load(
     additional_from_hf: bool = False,
     base_is_frozen: bool = False,
     hf_assets_path: str | os.PathLike[str] | None = None,
+    prefix: str = "",
 ) -> tuple[LoadSpec, ...]:
     """Say from where a training starts: nothing (a fresh start), one source, or a base and an overlay.
 
@@ -64,6 +65,8 @@ def resolve_initial_load(
         additional_from_hf: Whether the overlay is a checkpoint of Hugging Face.
         base_is_frozen: Whether `resume_path` holds only what was trained, so that the base is needed, too.
         hf_assets_path: Where the base is if no path is given and it comes from Hugging Face.
+        prefix: What the names of the base begin with and memory's do not, if torch DCP has written it: often
+            `"model."`.
 
     Raises:
         ConfigError: The arguments contradict each other.
@@ -77,9 +80,9 @@ def resolve_initial_load(
         resumed = _spec(resume_path, "resume_path", partial=base_is_frozen, model_only=False)
         if not base_is_frozen:
             return (resumed,)
-        base = _initial(initial_load_path, from_hf, from_quantized, True, hf_assets_path)
+        base = _initial(initial_load_path, from_hf, from_quantized, True, hf_assets_path, prefix)
         return (*base, resumed)
-    base = _initial(initial_load_path, from_hf, from_quantized, model_only, hf_assets_path)
+    base = _initial(initial_load_path, from_hf, from_quantized, model_only, hf_assets_path, prefix)
     if additional_load_path is None:
         return base
     overlay = _spec(
@@ -98,6 +101,7 @@ def _initial(
     from_quantized: bool,
     model_only: bool,
     assets: str | os.PathLike[str] | None,
+    prefix: str,
 ) -> tuple[LoadSpec, ...]:
     if from_quantized and not from_hf:
         raise ConfigError("from_quantized=True is for checkpoints of Hugging Face: pass from_hf=True, too")
@@ -115,7 +119,11 @@ def _initial(
         from_hf=from_hf,
         from_quantized=from_quantized,
     )
-    return (spec,)
+    if prefix and spec.format != "dcp":
+        raise ConfigError(
+            f"prefix={prefix!r} is for directories of torch DCP; use PrefixKeys in the transforms"
+        )
+    return (replace(spec, prefix=prefix),)
 
 
 def _spec(
@@ -137,8 +145,7 @@ def _spec(
         if not kinds:
             raise CheckpointNotFoundError(
                 f"{option}: {path} has neither {_TRAINING_STATE} nor {_DCP}; is it a checkpoint of Hugging "
-                "Face? "
-                "Then say so (from_hf=True, additional_from_hf=True)"
+                "Face? Then say so (from_hf=True, additional_from_hf=True)"
             )
         kind = kinds[0]
     return LoadSpec(os.fspath(path), model_only, from_hf, from_quantized, partial, kind)

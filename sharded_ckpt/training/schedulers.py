@@ -32,8 +32,7 @@ def state_of(schedulers: Sequence[Any]) -> dict[str, Any]:
         if odd := differing(first, other):
             raise ConfigError(
                 f"the schedulers are not in step: they have different {', '.join(odd)}, and one state is "
-                "saved "
-                "for all of them"
+                "saved for all of them"
             )
     return first
 
@@ -88,8 +87,7 @@ def _fitting(scheduler: Any, state: Mapping[str, Any]) -> dict[str, Any]:
         if len(values) != count and not _all_equal(values):
             raise ConfigError(
                 f"the scheduler was saved with {len(values)} parameter groups that have different {name}; "
-                "here "
-                f"are {count}: group the parameters as they were"
+                f"here are {count}: group the parameters as they were"
             )
         fitting[name] = values if len(values) == count else values[:1] * count
     if len(state.get("_last_lr", ())) != count:

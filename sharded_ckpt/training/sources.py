@@ -76,8 +76,7 @@ def _audited(source: Weights, control: Coordinator) -> tuple[str, ...]:
     if unexpected:
         raise CheckpointError(
             f"{source.where}: has {fold(unexpected)}, which no rank wants. Are its names those of another "
-            "form "
-            "of the model? Nothing was loaded"
+            "form of the model? Nothing was loaded"
         )
     return missing
 

@@ -138,9 +138,9 @@ def load_training_state(
         state = model if isinstance(model, ModelState) else ModelState(model)
         stored = StoredState.open(directory)
     _refuse_another_save(stored, control)
-    form = None if transforms is None else FileForm(transforms.to_storage, transforms.from_storage)
-    weights = Weights(SafetensorsWeights(stored.model, f"{directory}/model"), state, form)
     with together(control, f"comparing the model with {directory}"):
+        form = None if transforms is None else FileForm(transforms.to_storage, transforms.from_storage)
+        weights = Weights(SafetensorsWeights(stored.model, f"{directory}/model"), state, form)
         weights.compare()
     missing, unexpected = audit_keys(weights.plan, weights.found, mode, control, weights.where)
     slots = _compare_optimizers(stored, optimizer, transforms, mode, control)
@@ -169,8 +169,7 @@ def _compare_optimizers(
             raise CheckpointError(
                 f"{stored.directory}: saved with {saved or 'no storage converters'}, to be loaded with "
                 f"{now or 'none'}: optimizer state has the form of memory, and the two would not fit "
-                "together. "
-                "Load with the same ones, or load the model alone"
+                "together. Load with the same ones, or load the model alone"
             )
         if optimizer is not None:
             slots = optimizer.plan(stored.table, stored.optim.index.weight_map)
@@ -207,9 +206,8 @@ def _slot_tensors(
         for key in headers
         if all(has_room(item.state.get(slot), described[key]) for item, slot in slots[key])
     ]
-    rest = [key for key in headers if key not in set(streamed)]
     yield from stored.optim.iter_tensors(streamed)
-    yield from stored.optim.read(rest, materialize=True).items()
+    yield from stored.optim.read(headers.keys() - set(streamed), materialize=True).items()
 
 
 def _info(source: LocalSource) -> dict[str, Any]:

@@ -223,7 +223,7 @@ class StateDictTransforms:
 
     def state_dict_transform(self, state_dict: Mapping[str, Any]) -> StateDict:
         """Return a state dict with all converters undone, the last one first."""
-        self.split(state_dict)
+        self.split(state_dict)  # refuses keys of two owners
         result = dict(state_dict)
         for converter in reversed(self.converters):
             result = converter.state_dict_transform(result)
