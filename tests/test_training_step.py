@@ -22,6 +22,8 @@ from support.training_ranks import (
     with_other_ends,
 )
 
+from patchers.errors import ConfigError
+from sharded_ckpt import PipelineStage
 from sharded_ckpt.pipeline.one_f_one_b import one_forward_one_backward
 
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -152,6 +154,12 @@ def test_a_step_without_a_loss_is_refused_on_all_ranks(
 def test_a_model_without_anything_to_train_is_refused(gloo: Gloo, folder: Path) -> None:
     (text,) = failures(gloo.run(step_on, tiny_checkpoint(folder), batch(), True, world_size=1))
     assert "the loss depends on nothing that is trained: every parameter is frozen" in text
+
+
+def test_a_loss_of_all_routers_is_refused_in_one_process_too() -> None:
+    stage = PipelineStage(family_model("qwen3_moe", output_router_logits=True))
+    with pytest.raises(ConfigError, match=r"the config asks for the routers' auxiliary loss"):
+        stage.train_step(batch())
 
 
 # The schedule ---------------------------------------------------------------------------------------------

@@ -91,6 +91,11 @@ class _Loss:
         self._stage, self._given, self._count = stage, given, count
         if not stage.is_last:
             return
+        if given is None and getattr(stage.shard.config.get_text_config(), "output_router_logits", False):
+            raise ConfigError(
+                "the config asks for the routers' auxiliary loss (output_router_logits), which needs every "
+                "block's router at once; set it to False, or pass a loss_fn"
+            )
         if given is None and others.get("labels") is None:
             raise ConfigError("a training step needs labels in its batch, or a loss_fn")
         if count is None and others.get("labels") is not None:
