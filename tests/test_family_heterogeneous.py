@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import TEXT_FAMILIES, VISION_FAMILIES, drawn_model, family_config, redraw
+from support.families import NOT_CACHED, TEXT_FAMILIES, VISION_FAMILIES, drawn_model, family_config, redraw
 from torch import nn
 
 from patchers import AttentionConfig, BlockConfig, FFNConfig, ModelDescriptor, MoEConfig
@@ -73,11 +73,6 @@ BY_HAND: dict[str, dict[str, Any]] = {
 }
 # Their shared expert is always as wide as a routed one.
 SHARED_AS_WIDE = ("llama4", "llama4_text", "hunyuan_v1_moe")
-# What the native model itself gets wrong: decoding with a cache, and a batch with padding on the left.
-NOT_CACHED = {
-    "minimax": "its linear attention decodes otherwise than it prefills",
-    "paligemma": "a prompt is attended to in both directions",
-}
 SHARED_COUNTS = ("n_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 
 

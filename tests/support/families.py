@@ -248,6 +248,13 @@ VISION_FAMILIES: dict[str, dict[str, Any]] = {
 sizes."""
 
 
+NOT_CACHED = {
+    "minimax": "its linear attention decodes otherwise than it prefills",
+    "paligemma": "a prompt is attended to in both directions",
+}
+"""Families whose own native model decodes otherwise with a cache, or in a padded batch, and why."""
+
+
 def family_config(family: str, **changes: Any) -> PreTrainedConfig:
     """The tiny config of a family; `changes` are fields of it, or of its text config if it has one."""
     if family in VISION_FAMILIES:
