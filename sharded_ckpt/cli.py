@@ -48,6 +48,8 @@ COMMANDS = (
     Command("inspect", "show the blocks and tensors of a checkpoint", "sharded_ckpt.commands.inspect"),
     Command("verify", "check a checkpoint: index, headers, files, values", "sharded_ckpt.commands.verify"),
     Command("plan", "show which rank would own which blocks", "sharded_ckpt.commands.plan"),
+    Command("diff", "compare two checkpoints, block by block", "sharded_ckpt.commands.diff"),
+    Command("convert", "write a checkpoint anew, in other words or files", "sharded_ckpt.commands.convert"),
     Command("infer-config", "read block configs off the tensors", "sharded_ckpt.commands.infer_config"),
     Command("generate", "continue prompts over the ranks of torchrun", "sharded_ckpt.commands.generate"),
     Command("demo", "load, shrink, save and reload a real model over ranks", "sharded_ckpt.demo.command"),

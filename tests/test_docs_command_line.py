@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from support.hollow import pruned_checkpoint
+from support.hollow import LLAMA, hollow_checkpoint, llama_shapes, pruned_checkpoint
 
 from sharded_ckpt.cli import COMMANDS, main
 
@@ -19,6 +19,7 @@ def test_every_command_prints_what_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pruned_checkpoint(tmp_path / "model")
+    hollow_checkpoint(tmp_path / "parent", llama_shapes(), LLAMA)
     monkeypatch.chdir(tmp_path)
     page = PAGE.read_text(encoding="utf-8")
     blocks = re.findall(r"^```console\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)

@@ -30,7 +30,7 @@ def add_dialect(parser: argparse.ArgumentParser, help: str) -> None:
 
 def as_json(value: Any) -> str:
     """Set out plain data as JSON, as all commands print it."""
-    return json.dumps(value, indent=2)
+    return json.dumps(value, indent=2, allow_nan=False)
 
 
 def positive(text: str) -> int:

@@ -78,10 +78,10 @@ class CheckpointOverview:
     def __str__(self) -> str:
         notes = [f"note: {note}" for note in self.notes]
         tables = [as_text(rows) for rows in (self._block_table(), self._tensor_table()) if len(rows) > 1]
-        return "\n\n".join(["\n".join([self._title(), *notes]), *tables])
+        return "\n\n".join(["\n".join([self.title, *notes]), *tables])
 
     def _repr_html_(self) -> str:
-        tables = as_html(self._title(), self._block_table()) + as_html("tensors", self._tensor_table())
+        tables = as_html(self.title, self._block_table()) + as_html("tensors", self._tensor_table())
         return tables + "".join(f"<p>note: {html.escape(note)}</p>" for note in self.notes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +90,9 @@ class CheckpointOverview:
         rows = [{**vars(row), "config": config} for row, config in zip(self.blocks, said, strict=True)]
         return {**vars(self), "blocks": rows, "groups": [group.to_dict() for group in self.groups]}
 
-    def _title(self) -> str:
+    @property
+    def title(self) -> str:
+        """What it is, in two lines."""
         kinds = ", ".join(f"{dtype} {amount(size, 'bytes')}" for dtype, size in self.dtypes.items())
         family = f"{self.family or 'no config'}, blocks said in {self.dialect or 'no dialect'}"
         parameters = f"{amount(self.parameters, 'parameters')} parameters in {self.tensors} tensors"
