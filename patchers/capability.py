@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from patchers.activation import patched_init
 from patchers.descriptor import ModelDescriptor
-from patchers.layer_maker import LayerMaker
+from patchers.layer_maker import NO_INDEX, LayerMaker
 from patchers.meta import build_on_meta
 from patchers.probe import LayerKind
 from patchers.size_fields import EXPERT_WIDTH, EXPERTS, KV_HEADS, SHARED_WIDTH, TOP_K, WIDTH, LayerFields
@@ -93,11 +93,12 @@ def layer_capabilities(
 def _all_or_none(
     answers: list[dict[str, Capability]], made: Mapping[int, LayerMaker], layers: list[nn.Module]
 ) -> list[dict[str, Capability]]:
-    """Say no for all layers where one of them cannot be told which it is (zamba2)."""
+    """Say no for all layers where one of them cannot be told which it is (zamba2, bert)."""
     for layer in layers:
-        if made[id(layer)].config is None:
-            why = f"{type(layer).__name__} is not built from a config, so it cannot be told which block it is"
-            return [dict.fromkeys(answer, why) for answer in answers]
+        make, name = made[id(layer)], type(layer).__name__
+        if make.config is None or make.index is NO_INDEX:
+            told = "built from a config" if make.config is None else "told its layer index"
+            return [dict.fromkeys(answer, f"{name} is not {told}") for answer in answers]
     return answers
 
 

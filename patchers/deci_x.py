@@ -16,13 +16,15 @@ from transformers import PreTrainedConfig
 from transformers.integrations import heterogeneity
 
 from patchers.activation import patched_init, unpatched
+from patchers.base_sizes import SIZE_FIELDS
 from patchers.block_config import BlockConfig
-from patchers.descriptor import ModelDescriptor, text_config_of
+from patchers.descriptor import ModelDescriptor
 from patchers.dialects import Dialect, parse_blocks, read_block_configs
 from patchers.dialects.detection import fields_present
 from patchers.errors import BlockConfigError, FamilyError
 from patchers.families import PLAIN_FAMILIES
 from patchers.layer_maker import NO_INDEX, LayerMaker
+from patchers.native import layer_count, text_config_of
 from patchers.size_fields import LayerFields, overridden
 from patchers.size_marks import sides_of
 from patchers.size_plan import SizePlan, plan_sizes
@@ -98,6 +100,8 @@ def _text_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields that say the decoder layers, with the block configs that an outer config says of them."""
     text = text_config_of(config)
     fields = text.to_dict()
+    if not any(name in fields for name in SIZE_FIELDS["num_hidden_layers"]):  # a property, or of an encoder
+        fields["num_hidden_layers"] = layer_count(config)
     if text is config or config.is_encoder_decoder:
         return fields
     outer = config.to_dict()
@@ -166,7 +170,7 @@ class _Patcher:
         known = self._known
         is_next = known is not None and known[0] is config and isinstance(index, int) and index > known[1]
         if known is None or not is_next:  # another model begins, and the config may have been changed
-            known = (config, index, _parsed(config.to_dict(), self.asked))
+            known = (config, index, _parsed(_text_fields(config), self.asked))
             self._fields = {}
         self._known = (config, index, known[2])
         return known[2]

@@ -11,22 +11,15 @@ import copy
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-)
 
 from patchers.activation import unpatched
 from patchers.errors import ConfigError, FamilyError
 from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
-from patchers.meta import build_on_meta
+from patchers.native import final_norm_of, find_layers, model_class_of, model_on_meta, name_in
 from patchers.probe import LayerKind, SubBlock, is_structured_as, probe_layers, structure_of
 from patchers.versions import warn_if_untested
 
@@ -198,85 +191,6 @@ def register_descriptor(family: str, derive: Callable[[PreTrainedConfig], ModelD
     _OWN[family] = derive
 
 
-def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the part of a config that says the decoder layers: all of it, or the text config in it."""
-    text: PreTrainedConfig = config.get_text_config(decoder=True)
-    return text
-
-
-def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the native generating class of a config, as transformers' Auto classes choose it.
-
-    It is the class that `architectures` names; else that of causal language models, or, where the language
-    model is nested in a larger one, that which takes images and text.
-
-    Raises:
-        FamilyError: There is none.
-    """
-    plain: tuple[Any, ...] = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    nested = text_config_of(config) is not config and not config.is_encoder_decoder
-    found = [cls for mapping in (plain[::-1] if nested else plain) for cls in _classes_of(mapping, config)]
-    named = [cls for cls in found if cls.__name__ in (config.architectures or ())]
-    remote = _remote_class(config)
-    if not (remote or found):
-        raise FamilyError(
-            f"transformers has no causal language model for {type(config).__name__} (model_type "
-            f"{config.model_type!r})"
-        )
-    native: type[PreTrainedModel] = remote or [*named, *found][0]
-    return native
-
-
-def _classes_of(mapping: Any, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
-    found = mapping.get(type(config), None) or ()
-    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
-
-
-def _remote_class(config: PreTrainedConfig) -> Any:
-    """Return the model class of a config whose own class is remote code, to which the user has consented."""
-    name = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
-    if name is None or not type(config).__module__.startswith("transformers_modules"):
-        return None
-    return get_class_from_dynamic_module(name, config.name_or_path or "")
-
-
-def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Return the dotted name and the list of a model's decoder layers.
-
-    It is the ModuleList under the decoder with as many members as the config has layers, all of them of a
-    class that transformers treats as a decoder layer.
-
-    Raises:
-        FamilyError: There is no such list, or more than one.
-    """
-    count = text_config_of(model.config).num_hidden_layers
-    decoder, prefix = model.get_decoder(), ""
-    if decoder is not model:
-        prefix = _name_in(model, decoder) + "."
-    found = [
-        (prefix + name, module)
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and all(_is_layer(model, m) for m in module)
-    ]
-    if len(found) != 1:
-        raise FamilyError(
-            f"{type(model).__name__} has {len(found)} lists of {count} decoder layers "
-            f"({', '.join(name for name, _ in found) or 'none'}), not one; pass a ModelDescriptor of your own"
-        )
-    return found[0]
-
-
-def _is_layer(model: PreTrainedModel, module: nn.Module) -> bool:
-    unsplit = type(module).__name__ in (model._no_split_modules or ())
-    return unsplit or isinstance(module, GradientCheckpointingLayer)
-
-
-def _name_in(model: nn.Module, wanted: nn.Module | None) -> str:
-    return next(name for name, module in model.named_modules(remove_duplicate=False) if module is wanted)
-
-
 @functools.cache
 def _derive_plain(family: str) -> ModelDescriptor:
     # one layer speaks for all, and sizes change nothing: this keeps large models cheap to describe
@@ -286,16 +200,16 @@ def _derive_plain(family: str) -> ModelDescriptor:
 
 def _derive(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> ModelDescriptor:
     """Find the names; how the layers work is found out when somebody asks for it."""
-    model = _model_on_meta(model_class, config)
+    model = model_on_meta(model_class, config)
     layers, members = find_layers(model)
     head = model.get_output_embeddings()
     return ModelDescriptor(
         family=config.model_type,
         model_class=model_class,
         layers=layers,
-        embedding=_name_in(model, model.get_input_embeddings()),
-        final_norm=_final_norm(model, layers),
-        head=None if head is None else _name_in(model, head),
+        embedding=name_in(model, model.get_input_embeddings()),
+        final_norm=final_norm_of(model, layers),
+        head=None if head is None else name_in(model, head),
         layer_classes=tuple(dict.fromkeys(type(member) for member in members)),
         probe=functools.partial(_probe, model_class, copy.deepcopy(config)),
     )
@@ -303,23 +217,8 @@ def _derive(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Mod
 
 def _probe(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[LayerKind, ...]:
     with unpatched(), torch.device("cpu"):  # it may be in the middle of a build on meta that somebody asks
-        model = _model_on_meta(model_class, config)
+        model = model_on_meta(model_class, config)
         return tuple(probe_layers(model, find_layers(model)[1]))
-
-
-def _model_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    with unpatched():
-        # grouped experts are bf16-only on meta
-        return build_on_meta(model_class, config, torch.bfloat16)
-
-
-def _final_norm(model: nn.Module, layers: str) -> str | None:
-    backbone_name, _, list_name = layers.rpartition(".")
-    backbone = model.get_submodule(backbone_name)
-    names = list(dict(backbone.named_children()))
-    after = names[names.index(list_name) + 1 :]
-    norms = [name for name in after if "norm" in type(getattr(backbone, name)).__name__.lower()]
-    return f"{backbone_name}.{norms[0]}".lstrip(".") if norms else None
 
 
 def _the_one(found: Iterable[tuple[SubBlock, ...]]) -> SubBlock | None:

@@ -44,8 +44,22 @@ class _PassOn(Removed):
 class _Poison(nn.Module):
     """Returns NaN: whoever reads it is found out."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(hidden_states, torch.nan)
+    def __init__(self, arity: int = 0) -> None:
+        super().__init__()
+        self.arity = arity
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return returned(torch.full_like(hidden_states_of(args, kwargs), torch.nan), self.arity)
+
+
+class _Witness(Removed):
+    """Stands in the place of a part, and remembers whether it was given NaN."""
+
+    saw_nan = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.saw_nan = self.saw_nan or bool(hidden_states_of(args, kwargs).isnan().any())
+        return super().forward(*args, **kwargs)
 
 
 @dataclass
@@ -73,6 +87,18 @@ class LayerTrial:
         # norms that are read by nobody even beforehand tell nothing
         read = [norm for norm in self.names["norm"] if not self._is_clean({norm: _Poison()})]
         return tuple(norm for norm in read if self._is_clean({**removed, norm: _Poison()}))
+
+    def are_parallel(self, kind: str) -> bool:
+        """Whether no sub-block of a kind reads what another one of it has computed."""
+        names = self.names[kind]
+        for name in names:
+            others = {other: _Witness(self.calls.arities[other], self.residual(other)) for other in names}
+            parts = {**others, name: _Poison(self.calls.arities[name])}
+            if self._run({part: self._part(Removed, part) for part in self._parts()} | parts) is None:
+                return False
+            if any(witness.saw_nan for other, witness in others.items() if other != name):
+                return False
+        return True
 
     def residual(self, name: str) -> int | None:
         """Return the position at which a part is given the residual stream to add, if it is."""
@@ -122,11 +148,12 @@ def _zeros_like(value: Any) -> Any:
 
 
 def _with_plain_values(layer: nn.Module) -> nn.Module:
-    """Give what is left of a layer values: its own linear layers add nothing, its scales are one."""
-    for module in layer.modules():
-        value = 0.0 if isinstance(module, nn.Linear) else 0.5
-        for parameter in module.parameters(recurse=False):
-            parameter.data.fill_(value)
-        for buffer in module.buffers(recurse=False):
-            buffer.fill_(1)
+    """Give what is left of a layer values: its own linear layers pass nothing on, its scales are one."""
+    for parameter in layer.parameters():
+        parameter.data.fill_(0.5)
+    for buffer in layer.buffers():
+        buffer.fill_(1)
+    for child in layer.children():
+        if isinstance(child, nn.Linear):  # what it is given does not count, but its bias would
+            child.weight.data.fill_(0)
     return layer

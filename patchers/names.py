@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_OTHER_TOWER = re.compile(r"(?:^|\.)(?:visual|vision|audio|image)\w*\.")
 _BLOCK = re.compile(r"^(?P<prefix>.*?(?:layers|h|blocks|block))\.(?P<index>\d+)\.")
 _PLACE = re.compile(r"^((?:.*?\.)?(?:layers|h|blocks|block))\.(\d+)\.(.+)$")
 
@@ -14,13 +15,13 @@ def block_of(key: str) -> int | None:
     """Return the index of the block that a tensor name belongs to, or None for names outside the blocks.
 
     This is a guess from the name alone, good enough to show a checkpoint and to start reading ahead; what is
-    loaded is decided by the model itself.
+    loaded is decided by the model itself. The layers of a vision or audio tower are no blocks.
 
     Example:
         >>> block_of("model.layers.12.mlp.up_proj.weight"), block_of("lm_head.weight")
         (12, None)
     """
-    match = _BLOCK.match(key)
+    match = None if _OTHER_TOWER.search(key) else _BLOCK.match(key)
     return int(match["index"]) if match else None
 
 

@@ -23,7 +23,17 @@ from patchers.errors import FamilyError
 from patchers.layer_trial import Calls, LayerTrial
 from patchers.substitutes import hidden_states_of, returned
 
-_MIXER_ARGUMENTS = {"past_key_values", "cache_params", "layer_past", "position_embeddings"}
+# an FFN looks at one token at a time; whoever is given one of these looks at others
+_MIXER_ARGUMENTS = {
+    "past_key_values",
+    "cache_params",
+    "layer_past",
+    "position_embeddings",
+    "position_ids",
+    "attention_mask",
+    "cache_position",
+    "state",
+}
 _TRIFLES = (nn.Linear, nn.Dropout, nn.Identity)
 Structure = tuple[type[nn.Module], tuple[tuple[str, type[nn.Module]], ...]]
 """What tells one kind of layer from another: its class, and the names and classes of its children."""
@@ -110,6 +120,27 @@ def _arity(output: Any) -> int:
     return len(output) if isinstance(output, (tuple, list)) else 0
 
 
+def called_after_layers(
+    model: PreTrainedModel, layers: nn.Module, modules: Mapping[str, nn.Module]
+) -> list[str] | None:
+    """Return which modules a forward calls after the last layer; None if the model cannot be run on meta."""
+    order: list[str | None] = []
+    hooks = [layer.register_forward_hook(lambda *_: order.append(None)) for layer in layers.children()]
+    hooks += [
+        module.register_forward_hook(lambda *_, name=name: order.append(name))
+        for name, module in modules.items()
+    ]
+    try:
+        _forward_on_meta(model)
+    except FamilyError:
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    last = len(order) - order[::-1].index(None)
+    return [name for name in order[last:] if name is not None]
+
+
 @contextmanager
 def _passed_by(
     layers: Iterable[nn.Module], kinds: Mapping[Structure, nn.Module], calls: Mapping[nn.Module, Calls]
@@ -187,13 +218,21 @@ def _probe(layer: nn.Module, calls: Calls) -> LayerKind:
         raise FamilyError(f"the forward of the model never calls its {type(layer).__name__}")
     names = _classify(layer, calls)
     trial = LayerTrial(layer, calls, names)
-    if not trial.is_identity():
-        inner = LayerTrial(layer, calls, {**names, "attention": _inner_mixers(layer, names["attention"])})
-        trial = inner if inner.is_identity() else trial
     identity = trial.is_identity()
+    inner = {**names, "attention": _inner_mixers(layer, names["attention"], calls)}
+    if not identity and inner != names:
+        inner_trial = LayerTrial(layer, calls, inner)
+        identity = inner_trial.is_identity()
+        trial = inner_trial if identity else trial
     attention, ffn = (
         tuple(
-            SubBlock(name, calls.arities[name], trial.norms_of(kind), identity, trial.residual(name))
+            SubBlock(
+                name,
+                calls.arities[name],
+                trial.norms_of(kind),
+                identity and (_is_chain(layer, trial.names[kind]) or trial.are_parallel(kind)),
+                trial.residual(name),
+            )
             for name in trial.names[kind]
         )
         for kind in ("attention", "ffn")
@@ -205,6 +244,11 @@ def _is_mixer(module: nn.Module) -> bool:
     return bool(_MIXER_ARGUMENTS & set(inspect.signature(module.forward).parameters))
 
 
+def _is_norm(module: nn.Module) -> bool:
+    matrices = any(parameter.dim() > 1 for parameter in module.parameters())
+    return "norm" in type(module).__name__.lower() and not matrices
+
+
 def _classify(layer: nn.Module, calls: Calls) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {"attention": [], "ffn": [], "norm": []}
     for name, child in layer.named_children():
@@ -212,32 +256,33 @@ def _classify(layer: nn.Module, calls: Calls) -> dict[str, list[str]]:
             continue
         if _is_mixer(child):
             names["attention"].append(name)
-        elif "norm" in type(child).__name__.lower():
+        elif _is_norm(child):
             names["norm"].append(name)
-        elif any(True for _ in child.parameters()):
+        elif any(parameter.dim() > 1 for parameter in child.parameters()):
             names["ffn"].append(name)
-    names["ffn"] = names["ffn"] or _linear_chain(layer, calls)
+    linears = [name for name, child in layer.named_children() if isinstance(child, nn.Linear)]
+    if not names["ffn"] and _is_chain(layer, linears) and calls.arities.keys() >= set(linears):
+        names["ffn"] = linears
     return names
 
 
-def _linear_chain(layer: nn.Module, calls: Calls) -> list[str]:
-    """Return the two linear layers that are the FFN of a layer which has no module of its own for it."""
-    linears = [
-        (name, child)
-        for name, child in layer.named_children()
-        if isinstance(child, nn.Linear) and name in calls.arities
-    ]
-    if len(linears) != 2:
-        return []
-    (_, first), (_, second) = linears
-    fits = (first.in_features, first.out_features) == (second.out_features, second.in_features)
-    return [name for name, _ in linears] if fits else []
+def _is_chain(layer: nn.Module, names: list[str]) -> bool:
+    """Whether these are the two linear layers of an FFN that has no module of its own (opt)."""
+    parts = [layer.get_submodule(name) for name in names]
+    if len(parts) != 2 or not all(isinstance(part, nn.Linear) for part in parts):
+        return False
+    first, second = (tuple(part.get_parameter("weight").shape) for part in parts)
+    return first == second[::-1]
 
 
-def _inner_mixers(layer: nn.Module, names: list[str]) -> list[str]:
+def _inner_mixers(layer: nn.Module, names: list[str], calls: Calls) -> list[str]:
     """Return, in the place of a child that holds a mixer together with norms, the mixer in it."""
     found = []
     for name in names:
-        inside = [n for n, child in layer.get_submodule(name).named_children() if _is_mixer(child)]
-        found.append(f"{name}.{inside[0]}" if len(inside) == 1 else name)
+        inside = [
+            f"{name}.{inner}"
+            for inner, child in layer.get_submodule(name).named_children()
+            if _is_mixer(child) and f"{name}.{inner}" in calls.arities
+        ]
+        found.append(inside[0] if len(inside) == 1 else name)
     return found

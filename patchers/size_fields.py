@@ -128,9 +128,11 @@ class LayerFields:
             return None
         if size != KV_HEADS and any(mark.offset for mark in marks):
             return None
-        if size in (KV_HEADS, EXPERTS, TOP_K):
+        if size in (KV_HEADS, EXPERTS):
             return SizeField(size, field, marks)
         experts = self.find(EXPERTS)
+        if size == TOP_K:
+            return SizeField(size, field, marks) if experts else None
         of_experts = {mark.tensor for mark in experts.marks} if experts else set()
         routed = tuple(mark for mark in marks if mark.tensor in of_experts)
         others = tuple(mark for mark in marks if mark.tensor not in of_experts)

@@ -11,6 +11,8 @@ from support.families import TEXT_FAMILIES, VISION_FAMILIES, drawn_model, family
 
 from patchers import ModelDescriptor, capabilities, deci_x_patcher
 from patchers.errors import FamilyError
+from patchers.meta import build_on_meta
+from patchers.names import block_of
 
 MOE_FAMILIES = [
     "dbrx",
@@ -195,3 +197,12 @@ def experts_that_count(ffn: Any, experts: int = 4) -> int:
 def run(ffn: Any, token: Any) -> Any:
     output = ffn(token)
     return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("family", [*TEXT_FAMILIES, *VISION_FAMILIES])
+def test_the_block_that_a_name_tells_is_that_of_the_model(family: str) -> None:
+    config = family_config(family)
+    descriptor = ModelDescriptor.from_config(config)
+    for name in build_on_meta(descriptor.model_class, config, config.dtype).state_dict():
+        inside = name.removeprefix(f"{descriptor.layers}.")
+        assert block_of(name) == (int(inside.partition(".")[0]) if inside != name else None), name

@@ -12,9 +12,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from patchers import ModelDescriptor, SubBlock
-from patchers.descriptor import build_on_meta, find_layers, model_class_of
 from patchers.errors import ConfigError, FamilyError
 from patchers.families import PLAIN_FAMILIES
+from patchers.meta import build_on_meta
+from patchers.native import find_layers, model_class_of
 from patchers.probe import probe_layers
 
 

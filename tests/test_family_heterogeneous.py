@@ -18,7 +18,7 @@ from torch import nn
 from patchers import AttentionConfig, BlockConfig, FFNConfig, ModelDescriptor, MoEConfig
 from patchers.capability import layer_capabilities
 from patchers.deci_x import as_described
-from patchers.descriptor import text_config_of
+from patchers.native import text_config_of
 
 FAMILIES = (*TEXT_FAMILIES, *VISION_FAMILIES)
 IDS = torch.tensor([[5, 60, 7, 81, 9, 100, 11, 12]])

@@ -16,12 +16,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchers.deci_x import BlockConfigs
-from patchers.descriptor import ModelDescriptor, model_class_of
+from patchers.descriptor import ModelDescriptor
 from patchers.dialects import Dialect
 from patchers.errors import ConfigError, FamilyError, MissingKeysError, ShardedCkptError
 from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
 from patchers.inference import infer_block_configs
 from patchers.names import block_of, fold, fold_indices
+from patchers.native import model_class_of
 from sharded_ckpt.checkpoint.coordinator import Coordinator, together
 from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.publish import Transaction
