@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.checkpoints import files_in
 from support.compare import assert_same_tensors
 from support.hollow import pruned_checkpoint
-from support.tiny import NEMOTRON_NAS_BLOCKS, heterogeneous_checkpoint, tensors_of
+from support.tiny import NEMOTRON_NAS_BLOCKS, Block, heterogeneous_checkpoint, tensors_of
 
 from patchers import read_block_configs
 from patchers.base_sizes import BaseSizes, resolve_block
@@ -74,6 +74,15 @@ def test_into_one_file_and_back(source: Path, tmp_path: Path) -> None:
     back = convert(single, tmp_path / "back", "--max-shard-size", "20KB")
     assert len(list(back.glob("*.safetensors"))) > 3
     assert_same_bits(source, back)
+
+
+def test_what_transformers_would_open_silently_wrong_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocks: list[Block] = [(2, 256), ("no_op", 256)]
+    source = heterogeneous_checkpoint(tmp_path, blocks=blocks, dialect="nemotron_nas")
+    convert(source, tmp_path / "target", "--dialect", "anymodel")
+    assert "blocks 1 lack sub-blocks, and no shape differs from a plain model's" in caplog.text
 
 
 @pytest.mark.parametrize("dialect", ["anymodel", "transitional"])

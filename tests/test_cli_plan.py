@@ -79,6 +79,15 @@ def test_unequal_ranks_get_what_they_can_hold(folder: Path, capsys: pytest.Captu
     assert [row["blocks"] for row in said["ranks"]] == [[0, 1], [2, 3]]
 
 
+def test_quantised_weights_are_counted_as_they_are_stored(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = planned(capsys, 0, str(folder), "--ranks", "3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "x"}}))
+    assert planned(capsys, 0, str(folder), "--ranks", "3") == plain
+
+
 def test_a_config_alone_will_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with_weights = planned(capsys, 0, str(folder), "--ranks", "3")
     alone = folder.parent / "alone" / "any-name.json"

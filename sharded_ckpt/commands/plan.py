@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sharded_ckpt.commands.arguments import add_json, as_json, positive
 
 if TYPE_CHECKING:
-    from sharded_ckpt.ownership import OwnershipPlan
+    from sharded_ckpt.ownership import ModelCosts, OwnershipPlan
     from sharded_ckpt.report.rank_reads import RankReads
 
 DESCRIPTION = """\
@@ -56,16 +56,16 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str,
         CheckpointError: The checkpoint cannot be read.
     """
     from patchers.errors import OwnershipError
-    from sharded_ckpt.ownership import costs_of, plan_ownership
+    from sharded_ckpt.ownership import plan_ownership
     from sharded_ckpt.ownership.budgets import read_budgets
 
     target = _target(arguments.checkpoint)
     sizes = {"batch": arguments.batch, "length": arguments.length}
-    costs, budgets, memory = costs_of(target, by=arguments.by, **sizes), None, None
+    costs, budgets, memory = _costs(target, arguments.by, sizes), None, None
     if arguments.memory is not None:
         said = arguments.memory[0] if len(arguments.memory) == 1 else arguments.memory
         budgets = read_budgets(said, arguments.ranks)
-        memory = None if arguments.by == "bytes+kv" else costs_of(target, by="bytes+kv", **sizes)
+        memory = None if arguments.by == "bytes+kv" else _costs(target, "bytes+kv", sizes)
     limits: dict[str, Any] = {"budgets": budgets, "memory": memory}
     even = plan_ownership(costs, arguments.ranks, split="even", **limits)
     misfit = None
@@ -77,6 +77,19 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str,
     if arguments.json:
         return as_json(_as_dict(plan, even, reads, misfit)), 1 if misfit else 0
     return _as_text(plan, even, reads, misfit), 1 if misfit else 0
+
+
+def _costs(target: str | Path | Mapping[str, Any], by: str, sizes: dict[str, int]) -> ModelCosts:
+    """Count by the config; of quantised weights it does not tell the bytes, so that headers are asked."""
+    from sharded_ckpt.checkpoint.source import open_source, read_json
+    from sharded_ckpt.ownership import costs_of
+    from sharded_ckpt.report.rank_reads import stored_costs
+
+    if by == "bytes" and not isinstance(target, Mapping):
+        source = open_source(target)
+        if source.exists("config.json") and read_json(source, "config.json").get("quantization_config"):
+            return stored_costs(target)
+    return costs_of(target, by=by, **sizes)
 
 
 def _target(checkpoint: str) -> str | Path | Mapping[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from patchers.names import fold, fold_indices
+from sharded_ckpt.ownership.table import as_html
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,23 @@ class LoadReport:
         return not (self.unexpected or self.untied or (self.cast and not self.cast_asked))
 
     def __str__(self) -> str:
+        title, *lines = self._lines()
+        return "\n  ".join([title, *lines])
+
+    def _repr_html_(self) -> str:
+        title, *lines = self._lines()
+        return as_html(title, [["report"], *([line] for line in lines or ["nothing odd"])])
+
+    def _lines(self) -> list[str]:
         owned = fold_indices(self.blocks) or "none"
         lines = [
             f"{self.location}: blocks {owned} of {self.num_blocks}, {self.tensors} tensors, "
             f"{self.nbytes / 1e6:.1f} MB in {self.seconds:.2f} s ({self.route})"
         ]
         why = "as asked" if self.cast_asked else "the config says so, the files do not"
-        lines += [f"  cast {kind} ({why}): {len(names)} tensors" for kind, names in self.cast.items()]
-        lines += [f"  dequantised: {self.dequantised} tensors"] if self.dequantised else []
-        lines += [f"  unexpected: {fold(self.unexpected)}"] if self.unexpected else []
-        lines += [f"  ignored: {fold(self.ignored)}"] if self.ignored else []
-        lines += [f"  kept apart although the config says tied: {fold(self.untied)}"] if self.untied else []
-        return "\n".join(lines)
+        lines += [f"cast {kind} ({why}): {len(names)} tensors" for kind, names in self.cast.items()]
+        lines += [f"dequantised: {self.dequantised} tensors"] if self.dequantised else []
+        lines += [f"unexpected: {fold(self.unexpected)}"] if self.unexpected else []
+        lines += [f"ignored: {fold(self.ignored)}"] if self.ignored else []
+        lines += [f"kept apart although the config says tied: {fold(self.untied)}"] if self.untied else []
+        return lines

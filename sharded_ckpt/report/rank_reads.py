@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sharded_ckpt.checkpoint.source import TensorSource, open_source
+from sharded_ckpt.ownership.costs import ModelCosts
 from sharded_ckpt.ownership.counting import index_costs
 from sharded_ckpt.ownership.plan import OwnershipPlan
 from sharded_ckpt.report.overview import overview
@@ -54,6 +55,19 @@ def rank_reads(checkpoint: str | os.PathLike[str], plan: OwnershipPlan) -> list[
         files = {file for row in rows for file in row.files} | {file for g in groups for file in g.numbers}
         reads.append(RankReads(nbytes, tuple(sorted(files)), _missing_bytes(source, files)))
     return reads
+
+
+def stored_costs(checkpoint: str | os.PathLike[str]) -> ModelCosts:
+    """Count the bytes of a checkpoint's parts as they are stored, quantised ones too, from headers alone.
+
+    Raises:
+        CheckpointError: The files are broken.
+    """
+    found = overview(checkpoint)
+    blocks = {row.index: row.nbytes for row in found.blocks if row.stack == found.stack}
+    first, last = _ends([group for group in found.groups if group.stack != found.stack])
+    nbytes = tuple(blocks.get(index, 0) for index in range(max(blocks, default=-1) + 1))
+    return ModelCosts(nbytes, sum(group.nbytes for group in first), sum(group.nbytes for group in last))
 
 
 def _ends(groups: Iterable[TensorGroup]) -> tuple[list[TensorGroup], list[TensorGroup]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from bisect import bisect_left
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from sharded_ckpt.checkpoint.writer import LazyTensor
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 """What weights can be cast to."""
@@ -87,6 +90,15 @@ def convert_checkpoint(
             save.write_json("config.json", config)
         carry_files(save, reader.source)
     reader.close()
+    if dialect is not None and config is not None:
+        _warn(config, target)
+
+
+def _warn(config: Mapping[str, Any], target: str | os.PathLike[str]) -> None:
+    from sharded_ckpt.saving.saved_config import silent_warning
+
+    if text := silent_warning(config, target):
+        logger.warning("%s", text)
 
 
 def _config(source: TensorSource, dialect: Dialect | None, dtype: str | None) -> dict[str, Any] | None:
