@@ -77,7 +77,8 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
     code = (
         "import sys, contextlib\n"
         "from sharded_ckpt.cli import main\n"
-        "for argv in (['--help'], ['demo', '--help']):\n"
+        "from sharded_ckpt.cli import COMMANDS\n"
+        "for argv in (['--help'], *([command.name, '--help'] for command in COMMANDS)):\n"
         "    with contextlib.suppress(SystemExit): main(argv)\n"
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])\n"
     )

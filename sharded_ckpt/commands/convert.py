@@ -21,13 +21,15 @@ example:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add what `convert` can be told."""
+    from sharded_ckpt.saving.conversion import DTYPES
+
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     add_checkpoint(parser)
     parser.add_argument("target", help="the new directory")
     add_dialect(parser, "in which config.json is to say the blocks")
     parser.add_argument(
         "--dtype",
-        choices=("float64", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="cast the weights; integers and quantised tensors stay",
     )
     files = parser.add_mutually_exclusive_group()

@@ -24,15 +24,16 @@ exit code: 0, or 1 if the model does not fit into the memory
 example:
   sharded-ckpt plan path/to/checkpoint --ranks 8 --memory 80GiB --batch 8 --length 4096 --by bytes+kv
 """
-_MEASURES = ("bytes", "parameters", "count", "flops", "bytes+kv")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add what `plan` can be told."""
+    from sharded_ckpt.ownership.costs import MEASURES
+
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     parser.add_argument("checkpoint", help="a directory, a config.json, a hub id such as org/name, or a URL")
     parser.add_argument("--ranks", type=positive, required=True, metavar="N", help="number of ranks")
-    parser.add_argument("--by", choices=_MEASURES, default="bytes", help="what is counted (default: bytes)")
+    parser.add_argument("--by", choices=MEASURES, default="bytes", help="what is counted (default: bytes)")
     parser.add_argument(
         "--memory",
         action="append",
