@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from patchers.block_config import BlockConfig, MoEConfig
+from patchers.block_config import BlockConfig, FFNConfig, MoEConfig
 from patchers.block_fields import whole_number
 from patchers.errors import BlockConfigError
 
@@ -134,8 +134,18 @@ class BaseSizes:
         return value
 
 
-def resolve_block(block: BlockConfig, base: BaseSizes) -> BlockConfig:
+def is_open(ffn: FFNConfig, base: BaseSizes) -> bool:
+    """Whether only the family's own rules say what an FFN is: one of experts, or a dense one."""
+    return ffn.is_native and ffn.moe is None and ffn.intermediate_size is None and base.moe is not None
+
+
+def resolve_block(block: BlockConfig, base: BaseSizes, *, allow_open: bool = False) -> BlockConfig:
     """Return the block with every size said: those left at None are taken from the base config.
+
+    Args:
+        block: Of the model.
+        base: What its config says.
+        allow_open: Whether an FFN may stay unsaid of which the base config does not tell what it is.
 
     Raises:
         BlockConfigError: The base config does not say a size either. In a mixture-of-experts family it says
@@ -148,13 +158,14 @@ def resolve_block(block: BlockConfig, base: BaseSizes) -> BlockConfig:
         attention = replace(attention, num_key_value_heads=heads)
     if ffn.moe is not None:
         ffn = replace(ffn, moe=_resolve_moe(ffn.moe, base))
-    elif ffn.is_native and ffn.intermediate_size is None:
-        if base.moe is not None:
+    elif is_open(ffn, base):
+        if not allow_open:
             raise BlockConfigError(
                 "ffn says neither intermediate_size nor moe, and the base config of a mixture-of-experts "
                 "family does not tell which blocks are dense; say one of them (infer_block_configs reads "
                 "them off a checkpoint)"
             )
+    elif ffn.is_native and ffn.intermediate_size is None:
         width = _said(base.intermediate_size, "ffn.intermediate_size", base.names.intermediate_size)
         ffn = replace(ffn, intermediate_size=width)
     return replace(block, attention=attention, ffn=ffn)

@@ -6,9 +6,10 @@ Only names and shapes are needed, so the headers of safetensors files suffice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from patchers.base_sizes import BaseSizes, FieldNames, resolve_block
+from patchers.base_sizes import BaseSizes, FieldNames, is_open, resolve_block
 from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig
 from patchers.block_fields import at_block
 from patchers.block_shapes import Tensor, infer_attention, infer_experts, infer_ffn, shown
@@ -85,9 +86,14 @@ def contradictions(
     if told is None and raw.get("model_type") not in PLAIN_FAMILIES:
         return {}
     sizes = BaseSizes.of(raw)
-    said = [resolve_block(block, sizes) for block in (told[0] if told else [BlockConfig()] * len(found))]
+    blocks = told[0] if told else [BlockConfig()] * len(found)
+    said = [resolve_block(block, sizes, allow_open=True) for block in blocks]
     pairs = enumerate(zip(said, found, strict=True))
-    return {index: (a, b) for index, (a, b) in pairs if b is not None and a != b}
+    return {index: (a, b) for index, (a, b) in pairs if b is not None and not _agree(a, b, sizes)}
+
+
+def _agree(said: BlockConfig, found: BlockConfig, sizes: BaseSizes) -> bool:
+    return said == (replace(found, ffn=said.ffn) if is_open(said.ffn, sizes) else found)
 
 
 _Block = dict[str, Tensor]

@@ -19,6 +19,7 @@ from support.tiny import (
     heterogeneous_checkpoint,
     tensors_of,
     tiny_checkpoint,
+    tiny_config,
     tiny_model,
 )
 from torch import nn
@@ -119,6 +120,20 @@ def test_block_configs_set_as_objects_are_written_as_anymodel_and_stay_objects(t
     assert written[1]["ffn"]["intermediate_size"] == 48
     assert written[1]["attention"]["no_op"] is True
     assert_same_tensors(load(tmp_path / "c"), model)
+
+
+def test_blocks_of_a_mixture_may_leave_their_experts_to_the_config(tmp_path):
+    blocks = [BlockConfig(AttentionConfig(no_op=True)), BlockConfig(), BlockConfig(), BlockConfig()]
+    with deci_x_patcher("mixtral", blocks):
+        model = AutoModelForCausalLM.from_config(tiny_config("mixtral")).eval()
+    model.config.block_configs = blocks
+    save_sharded_checkpoint(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["block_configs"]
+    assert ["ffn" in block for block in written] == [False] * 4
+    again = load_and_shard_model("auto", tmp_path / "out")
+    assert type(again.model.layers[0].self_attn).__name__ == "NoAttention"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_the_config_says_the_dtype_of_the_tensors(shared, tmp_path):

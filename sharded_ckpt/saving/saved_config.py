@@ -211,4 +211,5 @@ def _are_said(blocks: Sequence[BlockConfig], raw: Mapping[str, Any]) -> bool:
     """Whether a config says these blocks already, be it by saying nothing of single ones."""
     told, sizes = read_block_configs(raw), BaseSizes.of(raw)
     current = told[0] if told else [BlockConfig()] * len(blocks)
-    return [resolve_block(b, sizes) for b in current] == [resolve_block(b, sizes) for b in blocks]
+    now, then = ([resolve_block(b, sizes, allow_open=True) for b in some] for some in (current, blocks))
+    return now == then
