@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 StepTimes = Mapping[int, float]
 """Seconds that one stage takes for a step, by rows."""
 
+_NOISE = 0.1
+
 
 def sizes_to_measure(batch: int, stages: int) -> list[int]:
     """Return the rows of a step that are worth measuring: of even cuts, and powers of two between them.
@@ -49,11 +51,12 @@ def step_seconds(rows: Sequence[int], times: Sequence[StepTimes]) -> float:
 
 
 def best_rows(batch: int, times: Sequence[StepTimes]) -> list[int]:
-    """Return the rows of the micro-batches whose step is the fastest; the fewest micro-batches of equals.
+    """Return the rows of the micro-batches whose step is the fastest; the fewest of those as good as that.
 
     Args:
         batch: Rows altogether.
-        times: Of each stage, by rows; the sizes that all of them were measured for are candidates.
+        times: Of each stage, by rows; the sizes that all of them were measured for are candidates. A tenth of
+            a step is within what measuring it twice may differ by.
 
     Example:
         >>> uneven = {6: 8.0, 8: 3.5, 12: 4.6, 16: 3.3, 24: 9.0}
@@ -61,8 +64,10 @@ def best_rows(batch: int, times: Sequence[StepTimes]) -> list[int]:
         [16, 8]
     """
     sizes = sorted(set.intersection(*(set(stage) for stage in times)), reverse=True)
-    cuts = _cuts(batch, sizes, 2 * len(times))
-    return min(cuts, key=lambda rows: (step_seconds(rows, times), len(rows)))
+    cuts = [(step_seconds(rows, times), rows) for rows in _cuts(batch, sizes, 2 * len(times))]
+    enough = (1 + _NOISE) * min(seconds for seconds, _ in cuts)
+    good = [(len(rows), seconds, rows) for seconds, rows in cuts if seconds <= enough]
+    return min(good)[2]
 
 
 def _cuts(batch: int, sizes: Sequence[int], most: int) -> Iterator[list[int]]:

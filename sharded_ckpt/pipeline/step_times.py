@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache
@@ -19,20 +20,31 @@ from sharded_ckpt.pipeline.schedule import best_rows, sizes_to_measure
 if TYPE_CHECKING:
     from sharded_ckpt.pipeline.stage import PipelineStage
 
-_RUNS = 2
+_RUNS = 4
+
+_known: WeakKeyDictionary[PipelineStage, dict[tuple[int, int], list[int]]] = WeakKeyDictionary()
 
 
 def measured_rows(stage: PipelineStage, batch: int, length: int) -> list[int]:
     """Return into how many rows to cut a batch for decoding; collective.
+
+    It is measured once for a batch and a length, up to the next power of two.
 
     Args:
         stage: This rank's.
         batch: Rows altogether.
         length: Tokens that are in the cache by then.
     """
-    stages = len(stage.lineup.ranks)
-    if stages == 1 or batch == 1:
+    if len(stage.lineup.ranks) == 1 or batch == 1:
         return [batch]
+    known, tokens = _known.setdefault(stage, {}), 1 << (length - 1).bit_length()
+    if (batch, tokens) not in known:
+        known[batch, tokens] = _measure_rows(stage, batch, tokens)
+    return known[batch, tokens]
+
+
+def _measure_rows(stage: PipelineStage, batch: int, length: int) -> list[int]:
+    stages = len(stage.lineup.ranks)
     sizes, control = sizes_to_measure(batch, stages), stage.runtime.control
     with together(control, "measuring the steps of micro-batches"):
         times = [step_seconds_of(stage.body, rows, length) if stage.body.blocks else 0.0 for rows in sizes]
