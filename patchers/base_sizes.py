@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from patchers.block_config import BlockConfig, FFNConfig, MoEConfig
+from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
 from patchers.block_fields import whole_number
 from patchers.errors import BlockConfigError
+
+_Part = TypeVar("_Part", AttentionConfig, FFNConfig)
 
 SIZE_FIELDS: dict[str, tuple[str, ...]] = {
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -134,41 +136,63 @@ class BaseSizes:
         return value
 
 
-def is_open(ffn: FFNConfig, base: BaseSizes) -> bool:
-    """Whether only the family's own rules say what an FFN is: one of experts, or a dense one."""
-    return ffn.is_native and ffn.moe is None and ffn.intermediate_size is None and base.moe is not None
-
-
 def resolve_block(block: BlockConfig, base: BaseSizes, *, allow_open: bool = False) -> BlockConfig:
     """Return the block with every size said: those left at None are taken from the base config.
 
     Args:
         block: Of the model.
         base: What its config says.
-        allow_open: Whether an FFN may stay unsaid of which the base config does not tell what it is.
+        allow_open: Whether what the base config does not say either may stay unsaid.
 
     Raises:
         BlockConfigError: The base config does not say a size either. In a mixture-of-experts family it says
             nothing of which blocks are dense: the family's own rules decide that.
     """
-    attention, ffn = block.attention, block.ffn
-    if attention.is_native and attention.mamba is None and attention.num_key_value_heads is None:
-        name = base.names.num_key_value_heads
-        heads = _said(base.num_key_value_heads, "attention.num_key_value_heads", name)
-        attention = replace(attention, num_key_value_heads=heads)
-    if ffn.moe is not None:
-        ffn = replace(ffn, moe=_resolve_moe(ffn.moe, base))
-    elif is_open(ffn, base):
-        if not allow_open:
-            raise BlockConfigError(
-                "ffn says neither intermediate_size nor moe, and the base config of a mixture-of-experts "
-                "family does not tell which blocks are dense; say one of them (infer_block_configs reads "
-                "them off a checkpoint)"
-            )
-    elif ffn.is_native and ffn.intermediate_size is None:
-        width = _said(base.intermediate_size, "ffn.intermediate_size", base.names.intermediate_size)
-        ffn = replace(ffn, intermediate_size=width)
+    attention = _if_said(_resolve_attention, block.attention, base, allow_open)
+    ffn = _if_said(_resolve_ffn, block.ffn, base, allow_open)
+    if allow_open and ffn.moe is not None and block.ffn.moe is not None and not _says_shared(base):
+        shared = block.ffn.moe.shared_expert_intermediate_dim  # there may be one, of the family's own width
+        ffn = replace(ffn, moe=replace(ffn.moe, shared_expert_intermediate_dim=shared))
     return replace(block, attention=attention, ffn=ffn)
+
+
+def _says_shared(base: BaseSizes) -> bool:
+    """Whether it is known that a block of experts has a shared one, or none."""
+    return base.moe is None or base.moe.shared_expert_intermediate_dim is not None
+
+
+def _if_said(
+    resolve: Callable[[_Part, BaseSizes], _Part], part: _Part, base: BaseSizes, allow_open: bool
+) -> _Part:
+    try:
+        return resolve(part, base)
+    except BlockConfigError:
+        if allow_open:
+            return part
+        raise
+
+
+def _resolve_attention(attention: AttentionConfig, base: BaseSizes) -> AttentionConfig:
+    if not attention.is_native or attention.mamba is not None or attention.num_key_value_heads is not None:
+        return attention
+    name = base.names.num_key_value_heads
+    heads = _said(base.num_key_value_heads, "attention.num_key_value_heads", name)
+    return replace(attention, num_key_value_heads=heads)
+
+
+def _resolve_ffn(ffn: FFNConfig, base: BaseSizes) -> FFNConfig:
+    if ffn.moe is not None:
+        return replace(ffn, moe=_resolve_moe(ffn.moe, base))
+    if not ffn.is_native or ffn.intermediate_size is not None:
+        return ffn
+    if base.moe is not None:
+        raise BlockConfigError(
+            "ffn says neither intermediate_size nor moe, and the base config of a mixture-of-experts "
+            "family does not tell which blocks are dense; say one of them (infer_block_configs reads "
+            "them off a checkpoint)"
+        )
+    width = _said(base.intermediate_size, "ffn.intermediate_size", base.names.intermediate_size)
+    return replace(ffn, intermediate_size=width)
 
 
 def _resolve_moe(moe: MoEConfig, base: BaseSizes) -> MoEConfig:

@@ -6,11 +6,11 @@ Only names and shapes are needed, so the headers of safetensors files suffice.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-from patchers.base_sizes import BaseSizes, FieldNames, is_open, resolve_block
-from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig
+from patchers.base_sizes import BaseSizes, FieldNames, resolve_block
+from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
 from patchers.block_fields import at_block
 from patchers.block_shapes import Tensor, infer_attention, infer_experts, infer_ffn, shown
 from patchers.dialects import read_block_configs
@@ -49,6 +49,16 @@ def infer_block_configs(
         BlockConfig(attention=AttentionConfig(no_op=True), ffn=FFNConfig(intermediate_size=32))
     """
     sizes = BaseSizes.of(base, names)
+    blocks = _blocks(tensors, sizes, layers)
+    inferred = []
+    for index in range(sizes.num_hidden_layers):
+        with at_block(index):
+            inferred.append(_infer_block(blocks.get(index, {}), sizes))
+    _refuse_mixed_gates(blocks)
+    return inferred
+
+
+def _blocks(tensors: Mapping[str, Any], sizes: BaseSizes, layers: str | None) -> dict[int, _Block]:
     stacks = _stacks(tensors)
     blocks = stacks.get(_the_stack(stacks, tensors) if layers is None else layers, {})
     if layers is not None and tensors and not blocks:
@@ -56,12 +66,7 @@ def infer_block_configs(
             f"no tensor is under {layers}; blocks are under {', '.join(stacks) or 'no name'}"
         )
     _refuse_beyond(blocks, sizes)
-    inferred = []
-    for index in range(sizes.num_hidden_layers):
-        with at_block(index):
-            inferred.append(_infer_block(blocks.get(index, {}), sizes))
-    _refuse_mixed_gates(blocks)
-    return inferred
+    return blocks
 
 
 def contradictions(
@@ -89,11 +94,25 @@ def contradictions(
     blocks = told[0] if told else [BlockConfig()] * len(found)
     said = [resolve_block(block, sizes, allow_open=True) for block in blocks]
     pairs = enumerate(zip(said, found, strict=True))
-    return {index: (a, b) for index, (a, b) in pairs if b is not None and not _agree(a, b, sizes)}
+    return {index: (a, b) for index, (a, b) in pairs if b is not None and not _agree(a, b)}
 
 
-def _agree(said: BlockConfig, found: BlockConfig, sizes: BaseSizes) -> bool:
-    return said == (replace(found, ffn=said.ffn) if is_open(said.ffn, sizes) else found)
+def _agree(said: BlockConfig, found: BlockConfig) -> bool:
+    """Whether a block is as it is said to be, as far as both tell; top-k shows in no tensor."""
+    attention, ffn = found.attention, found.ffn
+    if said.attention.is_native and said.attention.num_key_value_heads is None and attention.is_native:
+        attention = said.attention
+    if said.ffn.is_native and ffn.is_native and said.ffn.intermediate_size is None:
+        if said.ffn.moe is None:
+            ffn = said.ffn
+        elif ffn.moe is not None:
+            unseen = {
+                field.name: getattr(said.ffn.moe, field.name)
+                for field in fields(MoEConfig)
+                if field.name == "num_experts_per_tok" or getattr(said.ffn.moe, field.name) is None
+            }
+            ffn = replace(ffn, moe=replace(ffn.moe, **unseen))
+    return said == BlockConfig(attention, ffn)
 
 
 _Block = dict[str, Tensor]

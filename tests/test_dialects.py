@@ -577,7 +577,17 @@ def test_per_layer_refuses_what_would_come_back_as_something_else(ffn, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("dialect", ["nemotron-nas", "transitional", "anymodel"])
+def test_anymodel_leaves_out_what_neither_block_nor_base_says():
+    base = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+    blocks = [BlockConfig(), BlockConfig(AttentionConfig(no_op=True), FFNConfig(48))]
+    first, second = write_block_configs(blocks, "anymodel", base)["block_configs"]
+    assert {"attention", "ffn"} & set(first) == set()
+    assert second["attention"]["no_op"] is True
+    assert second["ffn"]["intermediate_size"] == 48
+    assert through(blocks, Dialect.ANYMODEL, base) == blocks
+
+
+@pytest.mark.parametrize("dialect", ["nemotron-nas", "transitional"])
 def test_a_size_that_neither_block_nor_base_says_is_refused(dialect):
     with pytest.raises(
         BlockConfigError, match=r"block 0: attention\.num_key_value_heads is not set, and the base conf"

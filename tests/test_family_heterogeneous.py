@@ -8,17 +8,21 @@ place of a part's.
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.compare import assert_same_tensors
 from support.families import NOT_CACHED, TEXT_FAMILIES, VISION_FAMILIES, drawn_model, family_config, redraw
 from torch import nn
 
 from patchers import AttentionConfig, BlockConfig, FFNConfig, ModelDescriptor, MoEConfig
 from patchers.capability import layer_capabilities
 from patchers.deci_x import as_described
+from patchers.errors import BlockConfigError
 from patchers.native import text_config_of
+from sharded_ckpt import load_and_shard_model, save_sharded_checkpoint
 
 FAMILIES = (*TEXT_FAMILIES, *VISION_FAMILIES)
 IDS = torch.tensor([[5, 60, 7, 81, 9, 100, 11, 12]])
@@ -201,3 +205,25 @@ def decodes_padded_as_alone(model: Any) -> bool:
     mask = torch.ones_like(batch)
     mask[1, :3] = 0
     return torch.equal(greedy(model, batch, mask), torch.cat([greedy(model, IDS), greedy(model, short)]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "zamba2"])
+def test_a_saved_heterogeneous_model_is_read_back_bit_by_bit(family: str, tmp_path: Path) -> None:
+    kinds = drawn(family, seed=1)
+    model = patched_model(family, kinds)
+    model.config.block_configs = [block_config(family, *kind) for kind in kinds]
+    save_sharded_checkpoint(model, tmp_path / "saved")
+    again = load_and_shard_model("auto", tmp_path / "saved")
+    assert_same_tensors(again, model)
+    assert torch.equal(logits_of(again, IDS), logits_of(model, IDS)), kinds
+
+
+def test_blocks_that_were_exchanged_in_memory_are_not_saved_under_another_description(tmp_path: Path) -> None:
+    kinds = [("native", "native")] * 4
+    model = patched_model("gpt_oss", kinds)
+    model.config.block_configs = [block_config("gpt_oss", "native", "experts"), *[BlockConfig()] * 3]
+    with pytest.raises(BlockConfigError) as refusal:
+        save_sharded_checkpoint(model, tmp_path / "saved")
+    assert "model.layers.0.mlp.router.weight is (4, 64), the config says (3, 64)" in str(refusal.value)
+    assert not (tmp_path / "saved").exists()

@@ -7,7 +7,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from patchers.base_sizes import BaseSizes, is_open, resolve_block
+from patchers.base_sizes import BaseSizes, resolve_block
 from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
 from patchers.block_fields import (
     INFORMATIONAL_ATTENTION,
@@ -53,18 +53,23 @@ def write_block(block: BlockConfig, layout: Layout, base: BaseSizes) -> dict[str
     Raises:
         BlockConfigError: The dialect cannot say something of the block, or a size is said nowhere.
     """
-    # megatron-core fills nulls from its own base config, as we do; the others must say every size. A part
-    # that is left out is as the base config has it: all that can be said where there may be experts.
-    knows_experts = layout.dialect is Dialect.ANYMODEL
+    # megatron-core fills nulls from its own base config, as we do; the others must say every size. AnyModel
+    # is for any family: where no config field says a size, the part is left out, which means the same.
+    may_leave_out = layout.dialect is Dialect.ANYMODEL
     said = (
-        block if layout.dialect is Dialect.MEGATRON else resolve_block(block, base, allow_open=knows_experts)
+        block if layout.dialect is Dialect.MEGATRON else resolve_block(block, base, allow_open=may_leave_out)
     )
     refuse_lost(said.attention.extra, "attention", layout.attention, layout.dialect)
     refuse_lost(said.ffn.extra, "ffn", layout.ffn, layout.dialect)
-    attention = {"attention": _write_attention(said.attention, layout, base)}
-    if knows_experts and is_open(said.ffn, base):
-        return {**attention, **layout.block}
-    return {**attention, layout.ffn_part: _write_ffn(said.ffn, layout, base), **layout.block}
+    parts = {
+        "attention": _write_attention(said.attention, layout, base),
+        layout.ffn_part: _write_ffn(said.ffn, layout, base),
+    }
+    if may_leave_out and said.attention == AttentionConfig():
+        del parts["attention"]
+    if may_leave_out and said.ffn == FFNConfig():
+        del parts[layout.ffn_part]
+    return {**parts, **layout.block}
 
 
 def refuse_unknown(raw: Mapping[str, Any], known: frozenset[str], where: str, dialect: Dialect) -> None:

@@ -59,6 +59,29 @@ def read_block_configs(
     return blocks, dialect
 
 
+def decoder_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config that say its decoder layers.
+
+    Of a nested (vision-language) config these are the fields of its text config, with the block configs that
+    the outer one says.
+
+    Raises:
+        BlockConfigError: Both say block configs, and not the same.
+
+    Example:
+        >>> decoder_fields({"block_configs": [], "text_config": {"num_hidden_layers": 0}})
+        {'num_hidden_layers': 0, 'block_configs': []}
+    """
+    nested = config.get("text_config")
+    if not isinstance(nested, Mapping):
+        return dict(config)
+    outer = {name: config[name] for name in fields_present(config)}
+    for name, value in outer.items():
+        if nested.get(name) not in (None, value):
+            raise BlockConfigError(f"{name} and text_config.{name} disagree; remove the one that is wrong")
+    return {**nested, **outer}
+
+
 def parse_blocks(
     blocks: Sequence[_Entry] | Mapping[Any, Any],
     base: Mapping[str, Any],

@@ -6,7 +6,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Final
 
-from patchers.dialects import CONFIG_FIELDS, Dialect, detect_dialect, fields_present, write_block_configs
+from patchers.dialects import (
+    CONFIG_FIELDS,
+    Dialect,
+    decoder_fields,
+    detect_dialect,
+    fields_present,
+    write_block_configs,
+)
 from patchers.errors import ConfigError
 from patchers.families import NATIVE_FAMILY, OWN_PER_LAYER_CONFIG
 from sharded_ckpt.checkpoint.local import LocalSource
@@ -126,7 +133,7 @@ def config_saying(
         )
     said = {name for name in CONFIG_FIELDS if raw.get(name) is None or name in fields_present(raw)}
     kept = {name: value for name, value in raw.items() if name not in said}
-    return {**kept, **write_block_configs(blocks, dialect, raw)}
+    return {**kept, **write_block_configs(blocks, dialect, decoder_fields(raw))}
 
 
 def _has_code(source: TensorSource) -> bool:

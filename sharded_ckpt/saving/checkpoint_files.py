@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from patchers.deci_x import BlockConfigs
 from patchers.descriptor import ModelDescriptor
-from patchers.dialects import Dialect
+from patchers.dialects import Dialect, decoder_fields
 from patchers.errors import ConfigError, FamilyError, MissingKeysError, ShardedCkptError
 from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
 from patchers.inference import infer_block_configs
@@ -28,6 +28,7 @@ from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.publish import Transaction
 from sharded_ckpt.checkpoint.source import TensorSource, open_source, read_json
 from sharded_ckpt.config import native_config
+from sharded_ckpt.saving.built_blocks import check_built
 from sharded_ckpt.saving.carried_files import GENERATION_CONFIG, carry_files
 from sharded_ckpt.saving.saved_config import (
     Origin,
@@ -103,6 +104,15 @@ class Request:
         """Which name is tied to which."""
         return ties_of(self.config, self.model_class, self.model)
 
+    def check_built(self) -> None:
+        """Make sure that the config builds the blocks of this rank's model.
+
+        Raises:
+            BlockConfigError: It builds others.
+        """
+        if self.model is not None and self.block_configs != "infer":
+            check_built(self.model, self.config, self.block_configs)
+
     def agree(self, control: Coordinator) -> None:
         """Make sure that all ranks were asked for the same.
 
@@ -157,7 +167,7 @@ class CheckpointFiles:
         shapes = {name: shape for name, (_, shape) in shares.tensors.items()}
         blocks = None
         if request.block_configs == "infer":
-            blocks = infer_block_configs(shapes, request.config.to_dict())
+            blocks = infer_block_configs(shapes, decoder_fields(request.config.to_dict()))
         elif request.block_configs is not None:
             blocks = blocks_asked(request.config, request.block_configs)
         said = Said(

@@ -17,6 +17,7 @@ from patchers.deci_x import BlockConfigs
 from patchers.dialects import (
     CONFIG_FIELDS,
     Dialect,
+    decoder_fields,
     parse_blocks,
     read_block_configs,
     write_block_configs,
@@ -79,10 +80,11 @@ def config_json(config: PreTrainedConfig, said: Said, origin: Origin | None = No
     base = native
     if origin is not None and said.dialect in (None, *READABLE_AS_DECILM):
         base = _restored(origin, native, said)
-    told = read_block_configs(base)
-    if said.dialect in (None, told and told[1]) and (said.blocks is None or _are_said(said.blocks, base)):
+    fields = decoder_fields(base)
+    told = read_block_configs(fields)
+    if said.dialect in (None, told and told[1]) and (said.blocks is None or _are_said(said.blocks, fields)):
         return base
-    blocks = said.blocks or (told[0] if told else [BlockConfig()] * BaseSizes.of(base).num_hidden_layers)
+    blocks = said.blocks or (told[0] if told else [BlockConfig()] * BaseSizes.of(fields).num_hidden_layers)
     return config_saying(base, blocks, said.dialect)
 
 
@@ -92,14 +94,13 @@ def blocks_asked(config: PreTrainedConfig, asked: BlockConfigs) -> list[BlockCon
     Raises:
         BlockConfigError: The entries are wrong, or not as many as the layers.
     """
-    return parse_blocks(asked, config.to_dict())
+    return parse_blocks(asked, decoder_fields(config.to_dict()))
 
 
 def check_blocks(raw: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> None:
     """Make sure that a config.json describes the blocks that the tensors are.
 
-    A config that says nothing of single blocks is held to that only in families whose tensors are known by
-    their names.
+    Only families whose tensors are known by their names are looked at; others are built (`check_built`).
 
     Args:
         raw: The content of the config.json.
@@ -108,7 +109,7 @@ def check_blocks(raw: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]])
     Raises:
         BlockConfigError: They contradict each other; the message names the blocks.
     """
-    if read_block_configs(raw) is None and raw.get("model_type") not in PLAIN_FAMILIES:
+    if raw.get("model_type") not in {*PLAIN_FAMILIES, *NATIVE_FAMILY}:
         return
     wrong = contradictions(raw, infer_block_configs(tensors, raw))
     if wrong:
@@ -140,6 +141,7 @@ def changed_without_trace(raw: Mapping[str, Any]) -> list[int]:
         >>> changed_without_trace({**sizes, "per_layer_config": {"1": {"skip": ["mlp"]}}})
         [1]
     """
+    raw = decoder_fields(raw)
     told = None if raw.get("model_type") in NATIVE_FAMILY else read_block_configs(raw)
     if told is None:
         return []
@@ -182,10 +184,11 @@ def _native_json(config: PreTrainedConfig, said: Said) -> dict[str, Any]:
 
 def _turn_into_dicts(config: PreTrainedConfig) -> None:
     """Write `BlockConfig`s that somebody has set on a config the way configs say them."""
-    blocks = vars(config).get("block_configs")
-    if isinstance(blocks, list | tuple) and any(isinstance(block, BlockConfig) for block in blocks):
-        raw = config.to_dict()
-        config.block_configs = write_block_configs(blocks, Dialect.ANYMODEL, raw)["block_configs"]
+    for owner in {id(one): one for one in (config, config.get_text_config(decoder=True))}.values():
+        blocks = vars(owner).get("block_configs")
+        if isinstance(blocks, list | tuple) and any(isinstance(block, BlockConfig) for block in blocks):
+            fields = decoder_fields(owner.to_dict())
+            owner.block_configs = write_block_configs(blocks, Dialect.ANYMODEL, fields)["block_configs"]
 
 
 def _restored(origin: Origin, native: dict[str, Any], said: Said) -> dict[str, Any]:

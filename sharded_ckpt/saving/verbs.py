@@ -164,6 +164,7 @@ def save_sharded_checkpoint(
     with together(control, f"preparing to save to {checkpoint_dir}"):
         directory = _directory(checkpoint_dir)
         request = Request.of(model_shard, config, block_configs, dialect, source)
+        request.check_built()
         mine = SavedTensors.of(model_shard, request.ties)
     shares, division = mine.divide(control, directory)
     request.agree(control)
