@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import ConfigError
-from patchers.substitutes import NoAttention, NoFFN
+from patchers.substitutes import Removed
 from patchers.tensor_roles import role_of
 
 FFN_CHANNELS, KV_HEADS = "ffn_channels", "kv_heads"
@@ -80,7 +80,7 @@ class ActivationStatistics:
     def _watch_ffn(self, block: nn.Module, descriptor: ModelDescriptor, index: int) -> None:
         name = None if descriptor.ffn is None else descriptor.ffn.name
         ffn = None if name is None else block.get_submodule(name)
-        if isinstance(ffn, NoFFN):
+        if isinstance(ffn, Removed):
             return
         down = None if ffn is None else _projection(ffn, f"{name}", "ffn", "down")
         if down is None:
@@ -93,7 +93,7 @@ class ActivationStatistics:
     def _watch_attention(self, block: nn.Module, descriptor: ModelDescriptor, index: int) -> None:
         name = None if descriptor.attention is None else descriptor.attention.name
         attention = None if name is None else block.get_submodule(name)
-        if isinstance(attention, NoAttention):
+        if isinstance(attention, Removed):
             return
         key, out = (
             None if attention is None else _projection(attention, f"{name}", "attention", projection)
