@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from patchers.families import OWN_PER_LAYER_CONFIG
-from patchers.names import fold
+from patchers.names import block_of, fold
 from sharded_ckpt import load_and_shard_model
 from sharded_ckpt.ownership.skeleton import skeleton_costs
 
@@ -44,6 +44,8 @@ def test_shards_equal_from_pretrained_and_nothing_else_is_read(families: Path, f
         wanted = made.keys_for(set(model.state_dict()))
         read = keys_read(made.folder)
         assert read == wanted, f"not needed: {fold(read - wanted)}; not read: {fold(wanted - read)}"
+        told = {key for key in tensors_of(made.folder) if block_of(key) in owned}
+        assert told == {key for key in read if block_of(key) is not None}, family
         names |= set(tensors_in(model))
     assert names == set(tensors_in(made.reference))
     model = load_and_shard_model("auto", made.folder, middle, dtype=torch.bfloat16)
