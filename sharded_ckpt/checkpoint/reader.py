@@ -182,7 +182,8 @@ class CheckpointReader:
             self._shards[file] = shard = Shard(self.source, file)
             if len(self._shards) > _MAX_OPEN_SHARDS:
                 shard.close()
-            self._unlisted_bytes += report_unlisted(self.index, file, shard.header)
+            if len(groups[file]) != len(shard.header.tensors):  # else all are asked for, and looked up next
+                self._unlisted_bytes += report_unlisted(self.index, file, shard.header)
         if new and len(self._shards) == len(self.index.files):
             headers = [shard.header for shard in self._shards.values()]
             report_size(self.index, sum(h.file_size - h.data_begin for h in headers) - self._unlisted_bytes)
