@@ -23,6 +23,7 @@ from patchers.deci_x import as_described
 from patchers.errors import BlockConfigError
 from patchers.native import text_config_of
 from sharded_ckpt import load_and_shard_model, save_sharded_checkpoint
+from sharded_ckpt.saving.built_blocks import check_built
 
 FAMILIES = (*TEXT_FAMILIES, *VISION_FAMILIES)
 IDS = torch.tensor([[5, 60, 7, 81, 9, 100, 11, 12]])
@@ -227,3 +228,20 @@ def test_blocks_that_were_exchanged_in_memory_are_not_saved_under_another_descri
         save_sharded_checkpoint(model, tmp_path / "saved")
     assert "model.layers.0.mlp.router.weight is (4, 64), the config says (3, 64)" in str(refusal.value)
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h", "llama4"])
+def test_a_part_of_a_heterogeneous_model_is_held_against_its_own_blocks(family: str, tmp_path: Path) -> None:
+    kinds = drawn(family, seed=2)
+    model = patched_model(family, kinds)
+    model.config.block_configs = [block_config(family, *kind) for kind in kinds]
+    save_sharded_checkpoint(model, tmp_path / "saved")
+    for owned in ({0}, {1, 2}, set()):
+        shard = load_and_shard_model("auto", tmp_path / "saved", owned)
+        check_built(shard, shard.config)
+    shard = load_and_shard_model("auto", tmp_path / "saved", {1})
+    name = next(name for name, _ in shard.named_parameters() if ".layers.1." in name)
+    owner, _, attribute = name.rpartition(".")
+    setattr(shard.get_submodule(owner), attribute, nn.Parameter(torch.zeros(3, 3)))
+    with pytest.raises(BlockConfigError, match=rf"{name} is \(3, 3\), the config says"):
+        check_built(shard, shard.config)
