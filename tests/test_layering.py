@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("ownership", "surgery", "config", "model", "ties"),  # one rank's model, before it has weights
     ("progress", "loading", "distribute", "saving", "offload"),  # weights in and out
     ("children", "pipeline", "training"),
-    ("report", "cli", "commands", "demo", "__main__"),
+    ("report", "plots", "cli", "commands", "demo", "__main__"),
     ("sharded_ckpt",),  # the public surface, which nobody inside may use
 ]
 

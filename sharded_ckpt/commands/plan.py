@@ -45,6 +45,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length", type=positive, default=4096, metavar="T", help="tokens of a sequence (default: 4096)"
     )
+    parser.add_argument(
+        "--png",
+        type=Path,
+        metavar="FILE",
+        help="also draw the blocks, who owns them, and what each rank has (needs matplotlib)",
+    )
     add_json(parser)
 
 
@@ -53,7 +59,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str,
 
     Raises:
         OwnershipError: A size cannot be read.
-        ConfigError: The costs cannot be counted.
+        ConfigError: The costs cannot be counted, or a picture cannot be drawn here.
         CheckpointError: The checkpoint cannot be read.
     """
     from patchers.errors import OwnershipError
@@ -74,6 +80,9 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str,
         plan = plan_ownership(costs, arguments.ranks, **limits)
     except OwnershipError as error:
         misfit, plan = str(error), plan_ownership(costs, arguments.ranks)
+    if arguments.png is not None:
+        _draw(arguments.png, target, plan, even)
+        say(f"{arguments.png}: drawn")
     reads = _reads(target, plan)
     if arguments.json:
         return as_json(_as_dict(plan, even, reads, misfit)), 1 if misfit else 0
@@ -91,6 +100,17 @@ def _costs(target: str | Path | Mapping[str, Any], by: str, sizes: dict[str, int
         if source.exists("config.json") and read_json(source, "config.json").get("quantization_config"):
             return stored_costs(target)
     return costs_of(target, by=by, **sizes)
+
+
+def _draw(
+    file: Path, target: str | Path | Mapping[str, Any], plan: OwnershipPlan, even: OwnershipPlan
+) -> None:
+    from sharded_ckpt.plots.page import plot_plan
+    from sharded_ckpt.report.model_blocks import model_blocks
+
+    name = "" if isinstance(target, Mapping) else Path(target).name
+    title = f"{name or 'model'}: {plan.num_blocks} blocks over {plan.world_size} ranks by {plan.by}"
+    plot_plan(model_blocks(target), plan, even, name=title).savefig(file, format="png", dpi=150)
 
 
 def _target(checkpoint: str) -> str | Path | Mapping[str, Any]:

@@ -45,7 +45,7 @@ def rank_reads(checkpoint: str | os.PathLike[str], plan: OwnershipPlan) -> list[
     """
     found, source = overview(checkpoint), open_source(checkpoint)
     blocks = {row.index: row for row in found.blocks if row.stack == found.stack}
-    first, last = _ends([group for group in found.groups if group.stack != found.stack])
+    first, last = ends_of([group for group in found.groups if group.stack != found.stack])
     reads = []
     for owned in plan.blocks:
         rows = [blocks[index] for index in owned if index in blocks]
@@ -65,13 +65,17 @@ def stored_costs(checkpoint: str | os.PathLike[str]) -> ModelCosts:
     """
     found = overview(checkpoint)
     blocks = {row.index: row.nbytes for row in found.blocks if row.stack == found.stack}
-    first, last = _ends([group for group in found.groups if group.stack != found.stack])
+    first, last = ends_of([group for group in found.groups if group.stack != found.stack])
     nbytes = tuple(blocks.get(index, 0) for index in range(max(blocks, default=-1) + 1))
     return ModelCosts(nbytes, sum(group.nbytes for group in first), sum(group.nbytes for group in last))
 
 
-def _ends(groups: Iterable[TensorGroup]) -> tuple[list[TensorGroup], list[TensorGroup]]:
-    """Return what the ranks with the first and the last block read besides; a tied embedding is in both."""
+def ends_of(groups: Iterable[TensorGroup]) -> tuple[list[TensorGroup], list[TensorGroup]]:
+    """Return what the ranks with the first and the last block read besides; a tied embedding is in both.
+
+    Args:
+        groups: The tensors outside of the language model's blocks.
+    """
     first, last, embedding = list[TensorGroup](), list[TensorGroup](), list[TensorGroup]()
     for group in groups:
         if group.stack is not None:

@@ -1,0 +1,55 @@
+"""What the blocks of a model are, every size said: of a checkpoint or of a config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from patchers.base_sizes import BaseSizes, resolve_block
+from patchers.block_config import BlockConfig
+from patchers.dialects import read_block_configs
+from patchers.errors import CheckpointNotFoundError
+from sharded_ckpt.checkpoint.source import open_source, read_json
+from sharded_ckpt.ownership.counting import Countable
+from sharded_ckpt.report.block_kinds import text_config
+from sharded_ckpt.report.overview import overview
+
+
+def model_blocks(model: Countable) -> list[BlockConfig | None]:
+    """Say what each block of a model is.
+
+    Args:
+        model: A checkpoint (a directory, a hub id, or a URL), whose tensors tell where they are there; a
+            config; or the content of a config.json.
+
+    Returns:
+        One entry a block of the language model; None where its tensors do not tell, sizes that nobody says
+        at None.
+
+    Raises:
+        BlockConfigError: The config does not say the number of blocks.
+        CheckpointError: The files are broken, or there is neither config nor weights.
+
+    Example:
+        >>> model_blocks(checkpoint)[1].ffn  # the path of a checkpoint
+        FFNConfig(intermediate_size=96)
+    """
+    if isinstance(model, (str, os.PathLike)):
+        try:
+            found = overview(model)
+        except CheckpointNotFoundError:  # a config without weights
+            return _said(read_json(open_source(model), "config.json"))
+        if found.stack is not None:
+            return [row.config for row in found.blocks if row.stack == found.stack]
+        return _said(read_json(open_source(model), "config.json"))
+    return _said(model if isinstance(model, Mapping) else model.to_dict())
+
+
+def _said(config: Mapping[str, Any]) -> list[BlockConfig | None]:
+    """Return what a config says; a nested one is that of the language model."""
+    config = text_config(config) or config
+    sizes = BaseSizes.of(config)
+    told = read_block_configs(config)
+    blocks = told[0] if told else [BlockConfig()] * sizes.num_hidden_layers
+    return [resolve_block(block, sizes, allow_open=True) for block in blocks]
