@@ -139,6 +139,8 @@ class BaseSizes:
 def resolve_block(block: BlockConfig, base: BaseSizes, *, allow_open: bool = False) -> BlockConfig:
     """Return the block with every size said: those left at None are taken from the base config.
 
+    Only query heads are said where they differ from the base config's, and nowhere else.
+
     Args:
         block: Of the model.
         base: What its config says.
@@ -148,7 +150,8 @@ def resolve_block(block: BlockConfig, base: BaseSizes, *, allow_open: bool = Fal
         BlockConfigError: The base config does not say a size either. In a mixture-of-experts family it says
             nothing of which blocks are dense: the family's own rules decide that.
     """
-    attention = _if_said(_resolve_attention, block.attention, base, allow_open)
+    attention = replace(block.attention, num_attention_heads=said_query_heads(block.attention, base))
+    attention = _if_said(_resolve_attention, attention, base, allow_open)
     ffn = _if_said(_resolve_ffn, block.ffn, base, allow_open)
     if allow_open and ffn.moe is not None and block.ffn.moe is not None and not _says_shared(base):
         shared = block.ffn.moe.shared_expert_intermediate_dim  # there may be one, of the family's own width
@@ -170,6 +173,12 @@ def _if_said(
         if allow_open:
             return part
         raise
+
+
+def said_query_heads(attention: AttentionConfig, base: BaseSizes) -> int | None:
+    """Return the query heads of a block if they are others than the base config says, else None."""
+    heads = attention.num_attention_heads
+    return None if heads == base.num_attention_heads else heads
 
 
 def _resolve_attention(attention: AttentionConfig, base: BaseSizes) -> AttentionConfig:

@@ -14,6 +14,7 @@ from patchers.block_fields import (
     UNBUILT_ATTENTION,
     UNBUILT_FFN,
     Extra,
+    check_groups,
     checked_extra,
     whole_number,
 )
@@ -123,15 +124,20 @@ class AttentionConfig(_ShortRepr):
         no_op: The attention and its norm are gone.
         replace_with_linear: One linear layer `(hidden, hidden)` without bias is in its place; the norm stays.
         mamba: A state-space mixer is in its place. Refused when block configs are parsed: not built yet.
+        num_attention_heads: Query heads, of the same size (`head_dim`) as in all blocks; None is as the base
+            config says. Nulled like the KV heads, which must divide them.
         extra: Fields of a config file that are carried along and not built: a mapping, kept as sorted pairs.
 
     Raises:
         BlockConfigError: `no_op`, `replace_with_linear` and `mamba` exclude each other; a size is not a
-            positive whole number; `extra` asks for something that is not built.
+            positive whole number; the KV heads do not divide the query heads; `extra` asks for something that
+            is not built.
 
     Example:
         >>> AttentionConfig(num_key_value_heads=8)
         AttentionConfig(num_key_value_heads=8)
+        >>> AttentionConfig(2, num_attention_heads=6)
+        AttentionConfig(num_key_value_heads=2, num_attention_heads=6)
         >>> AttentionConfig(num_key_value_heads=8, no_op=True) == AttentionConfig(no_op=True)
         True
     """
@@ -140,6 +146,7 @@ class AttentionConfig(_ShortRepr):
     no_op: bool = False
     replace_with_linear: bool = False
     mamba: MambaConfig | None = None
+    num_attention_heads: int | None = field(default=None, kw_only=True)
     extra: Extra = field(default=(), compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -148,8 +155,10 @@ class AttentionConfig(_ShortRepr):
             raise BlockConfigError(f"attention.mamba must be a MambaConfig, found {self.mamba!r}")
         if self.mamba is not None and not self.is_native:
             raise BlockConfigError("attention.mamba excludes no_op and replace_with_linear; set one of them")
-        heads = whole_number(self.num_key_value_heads, "attention.num_key_value_heads")
-        _set(self, "num_key_value_heads", heads if self.is_native and self.mamba is None else None)
+        for name in ("num_key_value_heads", "num_attention_heads"):
+            heads = whole_number(getattr(self, name), f"attention.{name}")
+            _set(self, name, heads if self.is_native and self.mamba is None else None)
+        check_groups(self.num_attention_heads, self.num_key_value_heads)
         _set(
             self, "extra", checked_extra(self.extra, "attention", UNBUILT_ATTENTION, INFORMATIONAL_ATTENTION)
         )

@@ -64,6 +64,24 @@ def whole_number(value: Any, name: str, least: int = 1) -> int | None:
     return int(value)
 
 
+def check_groups(
+    heads: int | None,
+    kv_heads: int | None,
+    *,
+    heads_name: str = "attention.num_attention_heads",
+    hint: str = "",
+) -> None:
+    """Raise unless each KV head serves as many query heads as every other one; None is not known.
+
+    Raises:
+        BlockConfigError: The KV heads do not divide the query heads.
+    """
+    if heads is not None and kv_heads is not None and heads % kv_heads:
+        raise BlockConfigError(
+            f"attention.num_key_value_heads={kv_heads} does not divide {heads_name}={heads}{hint}"
+        )
+
+
 def checked_extra(
     extra: Mapping[str, Any] | Iterable[tuple[str, Any]],
     part: str,

@@ -26,22 +26,16 @@ def infer_attention(weights: Mapping[str, Tensor], base: BaseSizes) -> Attention
         return AttentionConfig(replace_with_linear=True)
     fused = "qkv" in weights
     _need(weights, ("qkv", "o") if fused else ("q", "k", "v", "o"), "attention")
-    heads, head_dim = base.need("num_attention_heads"), base.need("head_dim")
-    queries = heads * head_dim
-    if _columns(weights["o"], hidden) != queries:
-        raise BlockConfigError(
-            f"{shown([weights['o']])} does not fit {heads} heads of {head_dim}; query heads of single blocks "
-            "are not built, so num_attention_heads and head_dim of the config must hold for all"
-        )
+    of_all, head_dim = base.need("num_attention_heads"), base.need("head_dim")
+    heads = _query_heads(weights, base)
     if fused:
-        rows = _rows(weights["qkv"], hidden) - queries
-        return AttentionConfig(_kv_heads(rows, 2 * head_dim, [weights["qkv"]], base))
-    # Some families (qwen3_next) keep an output gate in the rows of q, too.
-    if _rows(weights["q"], hidden) % queries:
-        raise BlockConfigError(f"{shown([weights['q']])} does not fit {heads} heads of {head_dim}")
-    kv = [weights["k"], weights["v"]]
-    rows = _agreed({tensor: _rows(tensor, hidden) for tensor in kv}, "KV rows")
-    return AttentionConfig(_kv_heads(rows, head_dim, kv, base))
+        per_head, kv = 2 * head_dim, [weights["qkv"]]
+        rows = _rows(weights["qkv"], hidden) - heads * head_dim
+    else:
+        per_head, kv = head_dim, [weights["k"], weights["v"]]
+        rows = _agreed({tensor: _rows(tensor, hidden) for tensor in kv}, "KV rows")
+    said = None if heads == of_all else heads
+    return AttentionConfig(_kv_heads(rows, per_head, heads, kv, base), num_attention_heads=said)
 
 
 def infer_ffn(weights: Mapping[str, Tensor], base: BaseSizes) -> FFNConfig:
@@ -134,8 +128,21 @@ def _agreed(values: Mapping[Tensor, int], what: str) -> int:
     return next(iter(values.values()))
 
 
-def _kv_heads(rows: int, rows_per_head: int, tensors: Iterable[Tensor], base: BaseSizes) -> int:
-    heads = base.need("num_attention_heads")
+def _query_heads(weights: Mapping[str, Tensor], base: BaseSizes) -> int:
+    hidden, head_dim = base.need("hidden_size"), base.need("head_dim")
+    columns = _columns(weights["o"], hidden)
+    # Some families (qwen3_next) keep an output gate in the rows of q, too.
+    gated = _rows(weights["q"], hidden) in (columns, 2 * columns) if "q" in weights else True
+    if columns % head_dim or not gated:
+        found = shown([weights[name] for name in ("q", "o") if name in weights])
+        raise BlockConfigError(
+            f"{found}: no number of query heads of head_dim={head_dim} has these rows and columns; head_dim "
+            "of the config must hold for all blocks"
+        )
+    return columns // head_dim
+
+
+def _kv_heads(rows: int, rows_per_head: int, heads: int, tensors: Iterable[Tensor], base: BaseSizes) -> int:
     if rows <= 0 or rows % rows_per_head or heads % (rows // rows_per_head):
         raise BlockConfigError(
             f"{shown(tensors)}: no number of KV heads of head_dim={base.head_dim} that divides "

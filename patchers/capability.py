@@ -13,7 +13,16 @@ from patchers.descriptor import ModelDescriptor
 from patchers.layer_maker import NO_INDEX, LayerMaker
 from patchers.meta import build_on_meta
 from patchers.probe import LayerKind
-from patchers.size_fields import EXPERT_WIDTH, EXPERTS, KV_HEADS, SHARED_WIDTH, TOP_K, WIDTH, LayerFields
+from patchers.size_fields import (
+    EXPERT_WIDTH,
+    EXPERTS,
+    KV_HEADS,
+    QUERY_HEADS,
+    SHARED_WIDTH,
+    TOP_K,
+    WIDTH,
+    LayerFields,
+)
 from patchers.size_marks import sides_of
 from patchers.substitution import why_not_linear, why_not_removed
 
@@ -21,6 +30,10 @@ Capability = Literal[True] | str
 """True, or the reason why not."""
 
 _SIZES = {
+    "query_heads": (
+        QUERY_HEADS,
+        "no config field moves the query heads of a layer while each keeps its size",
+    ),
     "kv_heads": (KV_HEADS, "no config field moves the KV heads of a layer"),
     "ffn_width": (WIDTH, "no config field moves the width of a dense FFN"),
     "experts": (EXPERTS, "no config field moves the number of experts"),
@@ -35,7 +48,7 @@ def capabilities(
 ) -> dict[str, Capability]:
     """Return what blocks of a model may have otherwise than its config says, each True or the reason why not.
 
-    The sizes are `kv_heads`, `ffn_width`, `experts`, `experts_per_token`, `expert_width` and
+    The sizes are `query_heads`, `kv_heads`, `ffn_width`, `experts`, `experts_per_token`, `expert_width` and
     `shared_expert_width`; the parts that may go or be replaced are `no_op_attention`, `linear_attention`,
     `no_op_ffn` and `linear_ffn`. What some layers of a model can and others cannot is True: `deci_x_patcher`
     refuses by name where a block asks for what its layer has not.

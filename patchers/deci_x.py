@@ -188,7 +188,8 @@ class _Patcher:
 
 
 def _says_sizes(block: BlockConfig) -> bool:
-    sizes = (block.attention.num_key_value_heads, block.ffn.intermediate_size, block.ffn.moe)
+    heads = (block.attention.num_attention_heads, block.attention.num_key_value_heads)
+    sizes = (*heads, block.ffn.intermediate_size, block.ffn.moe)
     return any(size is not None for size in sizes)
 
 

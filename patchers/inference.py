@@ -15,7 +15,7 @@ from patchers.block_fields import at_block
 from patchers.block_shapes import Tensor, infer_attention, infer_experts, infer_ffn, shown
 from patchers.dialects import read_block_configs
 from patchers.errors import BlockConfigError
-from patchers.families import PLAIN_FAMILIES
+from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
 from patchers.names import fold, fold_indices, split_block
 from patchers.tensor_roles import TensorRole, role_of
 
@@ -29,7 +29,8 @@ def infer_block_configs(
 ) -> list[BlockConfig]:
     """Infer the block configs of a checkpoint from the names and shapes of its tensors.
 
-    Every size comes out said. A part without any tensor is a no-op, and so is a whole block.
+    Every size comes out said, query heads where they are not those of the config. A part without any tensor
+    is a no-op, and so is a whole block.
 
     Args:
         tensors: Shapes by tensor name: tuples, or anything with a `shape`.
@@ -55,6 +56,7 @@ def infer_block_configs(
         with at_block(index):
             inferred.append(_infer_block(blocks.get(index, {}), sizes))
     _refuse_mixed_gates(blocks)
+    _refuse_unfounded_heads(inferred, sizes)
     return inferred
 
 
@@ -101,7 +103,7 @@ def _agree(said: BlockConfig, found: BlockConfig) -> bool:
     """Whether a block is as it is said to be, as far as both tell; top-k shows in no tensor."""
     attention, ffn = found.attention, found.ffn
     if said.attention.is_native and said.attention.num_key_value_heads is None and attention.is_native:
-        attention = said.attention
+        attention = replace(attention, num_key_value_heads=None)
     if said.ffn.is_native and ffn.is_native and said.ffn.intermediate_size is None:
         if said.ffn.moe is None:
             ffn = said.ffn
@@ -116,6 +118,8 @@ def _agree(said: BlockConfig, found: BlockConfig) -> bool:
 
 
 _Block = dict[str, Tensor]
+# Families whose heads are of hidden size by heads where their config says no head_dim.
+_DIVIDED = {"llama", "mistral", "qwen2", *NATIVE_FAMILY}
 
 
 def _stacks(tensors: Mapping[str, Any]) -> dict[str, dict[int, _Block]]:
@@ -190,6 +194,22 @@ def _refuse_untold(untold: _Block, others: set[str], part: str) -> None:
         raise BlockConfigError(
             f"no {part} of a known kind, but tensors that may be one: {shown(left)}; if they are another "
             "kind of layer or packed (quantised) weights, give the block configs instead of inferring them"
+        )
+
+
+def _refuse_unfounded_heads(blocks: Sequence[BlockConfig], sizes: BaseSizes) -> None:
+    """Raise rather than count query heads by a size of heads that nothing confirms.
+
+    Where a config does not say `head_dim`, most families divide hidden size by heads, and some have a number
+    of their own (gemma, qwen3). A block with the config's heads is proof enough that it was divided.
+    """
+    divided = sizes.raw.get("head_dim") is not None or sizes.raw.get("model_type") in _DIVIDED
+    attentions = [block.attention for block in blocks if block.attention.is_native]
+    others = [attention.num_attention_heads for attention in attentions]
+    if not divided and others and None not in others:
+        raise BlockConfigError(
+            f"no attention fits {sizes.num_attention_heads} heads of {sizes.head_dim}; the config says no "
+            "head_dim: add it, or correct num_attention_heads"
         )
 
 

@@ -17,13 +17,14 @@ from transformers import PreTrainedConfig
 
 from patchers.base_sizes import SIZE_FIELDS
 from patchers.probe import LayerKind
-from patchers.size_marks import Mark, find_marks, numbers_of, sides_of
+from patchers.size_marks import Mark, find_marks, fractions_of, numbers_of, sides_of
 
-KV_HEADS, WIDTH = "num_key_value_heads", "intermediate_size"
+QUERY_HEADS, KV_HEADS, WIDTH = "num_attention_heads", "num_key_value_heads", "intermediate_size"
 EXPERTS, TOP_K = "num_local_experts", "num_experts_per_tok"
 EXPERT_WIDTH, SHARED_WIDTH = "expert_intermediate_dim", "shared_expert_intermediate_dim"
 
 _FIELDS = {
+    QUERY_HEADS: (*SIZE_FIELDS["num_attention_heads"], "swa_num_attention_heads"),
     KV_HEADS: (
         *SIZE_FIELDS["num_key_value_heads"],
         "num_global_key_value_heads",
@@ -69,6 +70,7 @@ class LayerFields:
         index: Of the layer.
         kind: How the layer works.
         build: Builds the layer on meta with some attributes of the config overridden.
+        given: What the config of the layer is to say besides, by field.
     """
 
     def __init__(
@@ -77,11 +79,17 @@ class LayerFields:
         index: int,
         kind: LayerKind,
         build: Callable[[Mapping[str, Any]], nn.Module],
+        given: Mapping[str, int] | None = None,
     ) -> None:
-        self.config, self.index, self._build = config, index, build
+        self.config, self.index, self._kind, self._build = config, index, kind, build
+        self.given = dict(given or {})
         self._attention = tuple(f"{part.name}." for part in kind.attention)
         self._ffn = tuple(f"{part.name}." for part in kind.ffn)
         self._found: dict[str, SizeField | None] = {}
+
+    def beside(self, given: Mapping[str, int]) -> LayerFields:
+        """Return the fields of the same layer with other sizes: where sizes share a tensor, marks move."""
+        return LayerFields(self.config, self.index, self._kind, self._build, {**self.given, **given})
 
     def find(self, size: str) -> SizeField | None:
         """Return the field that says a size of this layer, or None if the layer has no such size."""
@@ -92,13 +100,15 @@ class LayerFields:
 
     def base_value(self, field: str) -> int | None:
         """Return what the config says for this layer."""
-        value = field_value(self.config, field, self.index)[1]
+        value = self.given.get(field, field_value(self.config, field, self.index)[1])
         return value if isinstance(value, int) else None
 
     def _try(self, size: str, field: str) -> SizeField | None:
         sizes = self._trial_sizes(size, field)
         try:
-            layers = [self._build(overridden(self.config, {field: n}, self.index)) for n in sizes]
+            layers = [
+                self._build(overridden(self.config, self._said(size, field, n), self.index)) for n in sizes
+            ]
         except (ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError):
             return None  # the family does not build with another value
         look = numbers_of if size == TOP_K else sides_of
@@ -108,27 +118,74 @@ class LayerFields:
             first = {name: first[name] for name in same}
             second = {name: second[name] for name in same}
         marks = find_marks(first, second, sizes)
+        if size == QUERY_HEADS and fractions_of(layers[0]) != fractions_of(layers[1]):
+            return None  # what scales the scores follows the number of heads, as the size of a head would
         return self._accept(size, field, marks) if marks else None
+
+    def _said(self, size: str, field: str, value: int) -> dict[str, int]:
+        """What the config says in a trial."""
+        said = {**self.given, field: value}
+        if size == QUERY_HEADS:
+            said |= self.pinned(value)
+        return said
+
+    def pinned(self, heads: int) -> dict[str, int]:
+        """Return what the config must say beside a number of query heads: their size, which stays.
+
+        Where the KV heads have no tensor of their own (latent attention), they are as many as the query
+        heads, and follow them.
+        """
+        said = {}
+        head_dim = self._head_dim()
+        if head_dim is not None:
+            said["head_dim"] = head_dim
+        if self.has_kv_in_step():
+            said["num_key_value_heads"] = heads
+        return said
+
+    def has_kv_in_step(self) -> bool:
+        """Whether the config says as many KV heads as query heads, and no tensor has rows of them alone."""
+        kv_heads = self.base_value(KV_HEADS)
+        return kv_heads is not None and kv_heads == self.query_heads and self.find(KV_HEADS) is None
+
+    def _head_dim(self) -> int | None:
+        value = self.base_value("head_dim")
+        if value is not None:
+            return value
+        hidden, heads = self.base_value("hidden_size"), self.query_heads
+        return hidden // heads if hidden and heads and hidden % heads == 0 else None
+
+    @property
+    def query_heads(self) -> int | None:
+        """The query heads of the config itself."""
+        values = (field_value(self.config, name, self.index)[1] for name in _FIELDS[QUERY_HEADS])
+        return next((value for value in values if isinstance(value, int)), None)
 
     def _trial_sizes(self, size: str, field: str) -> tuple[int, int]:
         if size == TOP_K:
             return 1, 2
         if size == KV_HEADS:
-            heads = (
-                field_value(self.config, name, self.index)[1] for name in SIZE_FIELDS["num_attention_heads"]
-            )
-            return 1, next((n for n in heads if isinstance(n, int) and n > 1), 2)
+            heads = (self.base_value(name) for name in _FIELDS[QUERY_HEADS])
+            return 1, next((n for n in heads if n is not None and n > 1), 2)
+        if size == QUERY_HEADS:
+            kv_heads = self._kv_heads()
+            return kv_heads, 2 * kv_heads
         some = self.base_value(field) or _SOME_SIZE
         return some, 2 * some
 
+    def _kv_heads(self) -> int:
+        """The KV heads beside which query heads are tried: those that the config says, 1 if they follow."""
+        found = None if self.has_kv_in_step() else self.find(KV_HEADS)
+        return (found and self.base_value(found.field)) or 1
+
     def _accept(self, size: str, field: str, marks: tuple[Mark, ...]) -> SizeField | None:
         """Return the field if what it moves is the size in question, and nothing else."""
-        parts = self._attention if size == KV_HEADS else self._ffn
-        if not all(mark.tensor.startswith(parts) for mark in marks):
+        heads = size in (QUERY_HEADS, KV_HEADS)
+        if not all(mark.tensor.startswith(self._attention if heads else self._ffn) for mark in marks):
             return None
-        if size != KV_HEADS and any(mark.offset for mark in marks):
+        if not heads and any(mark.offset for mark in marks):
             return None
-        if size in (KV_HEADS, EXPERTS):
+        if heads or size == EXPERTS:
             return SizeField(size, field, marks)
         experts = self.find(EXPERTS)
         if size == TOP_K:
@@ -166,7 +223,7 @@ def overridden(config: PreTrainedConfig, values: Mapping[str, int], index: int) 
         if owner:
             holder = attributes.setdefault(owner, copy.copy(getattr(config, owner)))
         said: Any = value
-        listed = getattr(holder, name)
+        listed = getattr(holder, name, None)
         if isinstance(listed, (list, tuple)):
             said = type(listed)([*listed[:index], value, *listed[index + 1 :]])
         if owner:

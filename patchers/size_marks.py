@@ -46,6 +46,16 @@ def numbers_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
+def fractions_of(layer: nn.Module) -> dict[str, float]:
+    """Return the fractions that the modules of a layer keep, such as `self_attn.scaling`."""
+    return {
+        f"{name}.{attribute}": value
+        for name, module in layer.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, float)
+    }
+
+
 def find_marks(first: Sides, second: Sides, sizes: tuple[int, int]) -> tuple[Mark, ...] | None:
     """Compare a layer that was built with one size with the same layer built with another.
 

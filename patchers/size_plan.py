@@ -14,6 +14,7 @@ from patchers.size_fields import (
     EXPERT_WIDTH,
     EXPERTS,
     KV_HEADS,
+    QUERY_HEADS,
     SHARED_WIDTH,
     TOP_K,
     WIDTH,
@@ -84,12 +85,34 @@ class _Planner:
         return self.result
 
     def _attention(self, attention: AttentionConfig) -> None:
-        heads = attention.num_key_value_heads
-        found = None if heads is None else self.fields.find(KV_HEADS)
-        if heads is not None and found is not None:
-            self.result.ask(found, heads)
-        elif heads is not None and not self._is_base("num_key_value_heads", heads):
-            self._refuse(f"num_key_value_heads={heads}", "no config field moves the KV heads of this layer")
+        heads, kv_heads = attention.num_attention_heads, attention.num_key_value_heads
+        fields = self.fields
+        if heads is not None:
+            fields = self._query_heads(heads, kv_heads)
+        found = None if kv_heads is None else fields.find(KV_HEADS)
+        if kv_heads is not None and found is not None:
+            self.result.ask(found, kv_heads)
+        elif kv_heads not in (None, fields.base_value(KV_HEADS)):
+            self._refuse(
+                f"num_key_value_heads={kv_heads}", "no config field moves the KV heads of this layer"
+            )
+
+    def _query_heads(self, heads: int, kv_heads: int | None) -> LayerFields:
+        """Ask for query heads, and return the fields of a layer that has them."""
+        own = self.fields.find(KV_HEADS)
+        beside = {} if own is None or kv_heads is None else {own.field: kv_heads}
+        found = self.fields.beside(beside).find(QUERY_HEADS)
+        if found is None and heads == self.fields.query_heads:
+            return self.fields
+        if found is None:
+            self._refuse(
+                f"num_attention_heads={heads}",
+                "no config field moves the query heads of this layer while each keeps its size",
+            )
+        self.result.ask(found, heads)
+        pinned = self.fields.pinned(heads)
+        self.result.values.update(pinned)
+        return self.fields.beside({found.field: heads, **pinned})
 
     def _dense(self, ffn: FFNConfig) -> None:
         width = ffn.intermediate_size

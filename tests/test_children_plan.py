@@ -15,7 +15,7 @@ from patchers import AttentionConfig, BlockConfig, FFNConfig, ModelDescriptor, M
 from patchers.errors import BlockConfigError, CheckpointError, ConfigError, FamilyError
 from sharded_ckpt.checkpoint.entry import TensorEntry, nbytes_of
 from sharded_ckpt.children import ChildPlan, Indexes, Scores
-from sharded_ckpt.children.attention import Heads, regrouped
+from sharded_ckpt.children.attention import Heads, filled_up
 from sharded_ckpt.children.choices import Rules
 from sharded_ckpt.children.parent import Parent
 from sharded_ckpt.children.plan import plan_child
@@ -132,7 +132,8 @@ def test_every_query_head_in_use_keeps_its_kv_head(queries: int, had: int) -> No
     for keep in (keep for keep in range(1, had) if queries % keep == 0):
         for kept in (range(keep), range(had - keep, had), sorted({i * had // keep for i in range(keep)})):
             heads = Heads(queries, had, keep, head_dim=1)
-            order, idle = regrouped(heads, kept)
+            group = queries // had
+            order, idle = filled_up([range(i * group, (i + 1) * group) for i in kept], heads)
             assert sorted(order) == list(range(queries))
             for place, head in enumerate(order):
                 of_parent, of_child = head // (queries // had), kept[place // (queries // keep)]
@@ -338,7 +339,7 @@ def test_a_tensor_of_which_nobody_knows_how_it_changes_is_not_guessed_at() -> No
         (
             "self_attn.sinks",
             BlockConfig(AttentionConfig(2)),
-            "attention.num_key_value_heads cannot be changed",
+            "the number of heads cannot be changed",
         ),
     ):
         parent = parent_of(extra={f"model.layers.0.{extra}": (8,)})

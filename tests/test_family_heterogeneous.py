@@ -34,6 +34,7 @@ ATTENTION = {
     "no_op_attention": AttentionConfig(no_op=True),
     "linear_attention": AttentionConfig(replace_with_linear=True),
     "kv_heads": AttentionConfig(1),
+    "query_heads": AttentionConfig(num_attention_heads=6),
 }
 FFN = {
     "native": FFNConfig(),
@@ -47,6 +48,7 @@ FFN = {
 }
 # The same by hand: under every name that a family may have for it, for all layers of a native model.
 BY_HAND: dict[str, dict[str, Any]] = {
+    "query_heads": {"num_attention_heads": 6, "head_dim": 16},
     "kv_heads": dict.fromkeys(
         ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads", "attn_config.kv_n_heads"), 1
     ),
@@ -78,6 +80,8 @@ BY_HAND: dict[str, dict[str, Any]] = {
 }
 # Their shared expert is always as wide as a routed one.
 SHARED_AS_WIDE = ("llama4", "llama4_text", "hunyuan_v1_moe")
+# Latent attention has as many KV heads as query heads.
+AS_MANY_KV_HEADS = ("deepseek_v2", "deepseek_v3")
 SHARED_COUNTS = ("n_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 
 
@@ -97,6 +101,8 @@ def block_config(family: str, attention: str, ffn: str) -> BlockConfig:
     if ffn == "expert_width" and family in SHARED_AS_WIDE:
         moe = MoEConfig(expert_intermediate_dim=24, shared_expert_intermediate_dim=24)
         return BlockConfig(ATTENTION[attention], FFNConfig(moe=moe))
+    if attention == "query_heads" and family in AS_MANY_KV_HEADS:
+        return BlockConfig(AttentionConfig(6, num_attention_heads=6), FFN[ffn])
     return BlockConfig(ATTENTION[attention], FFN[ffn])
 
 
@@ -137,6 +143,10 @@ def changed_by_hand(family: str, sizes: tuple[str, str]) -> Any:
         fields = dict(BY_HAND[size])
         if size == "expert_width" and not hasattr(text, "moe_intermediate_size"):
             fields["intermediate_size"] = 24
+        if size == "query_heads" and family in AS_MANY_KV_HEADS:
+            fields["num_key_value_heads"] = 6
+        if size == "query_heads" and not hasattr(text, "head_dim"):
+            text.head_dim = 16
         for name in SHARED_COUNTS if size == "expert_width" else ():
             if getattr(text, name, None):
                 fields[name] = 2 * getattr(text, name)

@@ -7,7 +7,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from patchers.base_sizes import BaseSizes, resolve_block
+from patchers.base_sizes import BaseSizes, resolve_block, said_query_heads
 from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
 from patchers.block_fields import (
     INFORMATIONAL_ATTENTION,
@@ -114,8 +114,10 @@ def _read_attention(raw: Mapping[str, Any] | None, layout: Layout, base: BaseSiz
         raw = _without_irrelevant(raw)
     refuse_unbuilt(raw, "attention", {**UNBUILT_ATTENTION, "mamba": "a state-space mixer"})
     extra = _extra(raw, frozenset(UNBUILT_ATTENTION) | INFORMATIONAL_ATTENTION)
-    heads = None if no_op or linear else _read_heads(raw, layout, base)
-    return AttentionConfig(heads, no_op, linear, extra=extra)
+    if no_op or linear:
+        return AttentionConfig(None, no_op, linear, extra=extra)
+    queries = raw.get(layout.query_heads) if layout.query_heads else None
+    return AttentionConfig(_read_heads(raw, layout, base), num_attention_heads=queries, extra=extra)
 
 
 def _read_heads(raw: Mapping[str, Any], layout: Layout, base: BaseSizes) -> int | None:
@@ -189,11 +191,17 @@ def _require_size(size: object, name: str, layout: Layout) -> None:
 
 
 def _write_attention(attention: AttentionConfig, layout: Layout, base: BaseSizes) -> dict[str, Any]:
-    heads = attention.num_key_value_heads
+    heads, queries = attention.num_key_value_heads, said_query_heads(attention, base)
+    if queries is not None and layout.query_heads is None:
+        raise BlockConfigError(
+            f"attention.num_attention_heads={queries} cannot be said in {layout.dialect.value}; write "
+            "anymodel or per-layer"
+        )
     if heads is not None and layout.attention_size == "n_heads_in_group":
         heads = nemotron.n_heads_in_group_of(heads, base.need("num_attention_heads"))
     nulled = frozenset() if attention.is_native else layout.nulled
-    return _written(attention, layout.attention, {layout.attention_size: heads}, nulled)
+    written = _written(attention, layout.attention, {layout.attention_size: heads}, nulled)
+    return written if queries is None else {**written, str(layout.query_heads): queries}
 
 
 def _write_ffn(ffn: FFNConfig, layout: Layout, base: BaseSizes) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from patchers.base_sizes import BaseSizes, FieldNames
 from patchers.block_config import AttentionConfig, BlockConfig, MoEConfig
-from patchers.block_fields import at_block
+from patchers.block_fields import at_block, check_groups
 from patchers.dialects.block_list import read_block, write_block
 from patchers.dialects.detection import (
     BLOCK_CONFIGS,
@@ -242,12 +242,18 @@ def _check_buildable(block: BlockConfig, base: BaseSizes) -> None:
 
 
 def _check_attention(attention: AttentionConfig, base: BaseSizes) -> None:
-    mixer, kv_heads, heads = attention.mamba, attention.num_key_value_heads, base.num_attention_heads
-    if mixer is not None:
-        raise BlockConfigError(f"attention.mamba={mixer!r} asks for a state-space mixer, which is not built")
-    if kv_heads is not None and heads is not None and heads % kv_heads:
+    if attention.mamba is not None:
+        raise BlockConfigError(
+            f"attention.mamba={attention.mamba!r} asks for a state-space mixer, which is not built"
+        )
+    if attention.num_attention_heads is None:
         name = base.names.num_attention_heads
-        raise BlockConfigError(f"attention.num_key_value_heads={kv_heads} does not divide {name}={heads}")
+        check_groups(base.num_attention_heads, attention.num_key_value_heads, heads_name=name)
+    elif attention.num_key_value_heads is None:
+        hint = (
+            f" ({base.names.num_key_value_heads} of the base config): say num_key_value_heads of this block"
+        )
+        check_groups(attention.num_attention_heads, base.num_key_value_heads, hint=hint)
 
 
 def _check_visited(moe: MoEConfig, base: BaseSizes) -> None:

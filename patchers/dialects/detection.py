@@ -66,4 +66,5 @@ def dialect_of(blocks: Iterable[Any]) -> Dialect | None:
         return Dialect.MEGATRON
     if found & {"n_heads_in_group", "ffn_mult"}:
         return Dialect.TRANSITIONAL if "intermediate_size" in found else Dialect.NEMOTRON_NAS
-    return Dialect.ANYMODEL if found & {"num_key_value_heads", "intermediate_size", "moe"} else None
+    anymodel = {"num_key_value_heads", "num_attention_heads", "intermediate_size", "moe"}
+    return Dialect.ANYMODEL if found & anymodel else None

@@ -47,6 +47,8 @@ class Layout:
         ffn: Fields of the FFN part.
         block: Fields of the block beside its parts.
         attention_size: The field that says the KV heads.
+        query_heads: The field that says the query heads, in blocks that have others than the base config
+            says; None where the dialect has no word for them.
         ffn_size: The field that says the FFN width.
         ffn_part: What the FFN part is called.
         also_known: Fields of either part that are read but not written.
@@ -60,6 +62,7 @@ class Layout:
     ffn: Fields
     block: Fields = field(default_factory=dict)
     attention_size: str
+    query_heads: str | None = None
     ffn_size: str
     ffn_part: str = "ffn"
     also_known: frozenset[str] = frozenset({"weights_precision"})
@@ -70,7 +73,8 @@ class Layout:
     @property
     def known_attention(self) -> frozenset[str]:
         """Names that may be in the attention part."""
-        return frozenset(self.attention) | frozenset(UNBUILT_ATTENTION) | self.also_known | {"mamba"}
+        own = frozenset(self.attention) | ({self.query_heads} if self.query_heads else frozenset())
+        return own | frozenset(UNBUILT_ATTENTION) | self.also_known | {"mamba"}
 
     @property
     def known_ffn(self) -> frozenset[str]:
@@ -151,6 +155,7 @@ _ANYMODEL = Layout(
     ffn={"intermediate_size": None, "moe": None, **_FLAGS, "sparsify": None, "weights_precision": "bf16"},
     block={"parallel_blocks": None},
     attention_size="num_key_value_heads",
+    query_heads="num_attention_heads",  # ours: NVIDIA's package has no word for it, and never prunes them
     ffn_size="intermediate_size",
 )
 _MEGATRON = Layout(

@@ -56,9 +56,10 @@ def read_entry(entry: Mapping[str, Any], base: BaseSizes) -> BlockConfig:
         name: value for name, value in entry.items() if name not in known and not _is_base(name, value, base)
     }
     refuse_unknown(differing, known, "the layer", Dialect.PER_LAYER)
-    heads = entry.get(base.names.num_key_value_heads)
+    heads, queries = (entry.get(name) for name in _head_fields(base))
+    attention = AttentionConfig(heads, no_op="attention" in skipped, num_attention_heads=queries)
     return BlockConfig(
-        AttentionConfig(no_op=True) if "attention" in skipped else AttentionConfig(heads),
+        attention,
         FFNConfig(no_op=True) if "mlp" in skipped else _read_ffn(entry, base),
     )
 
@@ -96,7 +97,8 @@ def write_entry(block: BlockConfig, base: BaseSizes) -> dict[str, Any]:
                 "megatron"
             )
         refuse_lost(extra, name, {}, Dialect.PER_LAYER)
-    said: dict[str, Any] = {base.names.num_key_value_heads: attention.num_key_value_heads}
+    heads = (attention.num_key_value_heads, attention.num_attention_heads)
+    said: dict[str, Any] = dict(zip(_head_fields(base), heads, strict=True))
     said.update(_written_width(ffn, base) if ffn.moe is None else _written_moe(ffn.moe, base))
     sizes = {name: size for name, size in said.items() if size is not None and not _is_base(name, size, base)}
     skip = [name for name, gone in zip(_SKIPPABLE, (attention.no_op, ffn.no_op), strict=True) if gone]
@@ -131,8 +133,12 @@ def _is_base(name: str, value: Any, base: BaseSizes) -> bool:
 
 
 def _size_fields(base: BaseSizes) -> set[str]:
-    names = base.names
-    return {names.num_key_value_heads, names.intermediate_size, *_moe_fields(base)}
+    return {*_head_fields(base), base.names.intermediate_size, *_moe_fields(base)}
+
+
+def _head_fields(base: BaseSizes) -> tuple[str, str]:
+    """The family's names of KV heads and query heads."""
+    return base.names.num_key_value_heads, base.names.num_attention_heads
 
 
 def _moe_fields(base: BaseSizes) -> dict[str, str]:

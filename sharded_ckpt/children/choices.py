@@ -17,8 +17,8 @@ class Scores:
     """What is kept in one block: the units with the highest scores, in ascending order; of equal the first.
 
     Args:
-        values: One score for each unit of the parent's block: an FFN channel, a KV head. A sequence of
-            numbers, or a tensor of one dimension.
+        values: One score for each unit of the parent's block: an FFN channel, a KV head, a query head. A
+            sequence of numbers, or a tensor of one dimension.
     """
 
     values: Any
@@ -48,11 +48,13 @@ class Rules:
         ffn_channels: Which channels a narrower FFN keeps.
         kv_heads: Which KV heads an attention with fewer of them keeps, or what is made of them.
         linear: What a linear layer is that takes the place of an attention or an FFN.
+        query_heads: Which query heads stay where a KV head shall have fewer of them; None says nothing of it.
     """
 
     ffn_channels: Choices = "norm"
     kv_heads: Choices = "mean"
     linear: str = "product"
+    query_heads: Choices | None = None
 
 
 def check_choices(choices: Any, count: int, field: str, names: Collection[str]) -> None:
@@ -135,10 +137,18 @@ def kept_units(choice: Scores | Indexes, total: int, keep: int, field: str) -> t
         >>> kept_units(Scores([0.5, 2, 0.5, 1]), total=4, keep=3, field="kv_heads")
         (0, 1, 3)
     """
-    values = _plain(choice.values, field)
     if isinstance(choice, Scores):
-        return largest(_checked_scores(values, total, field), keep)
-    return _checked_indexes(values, total, keep, field)
+        return largest(scores_of(choice, total, field), keep)
+    return _checked_indexes(_plain(choice.values, field), total, keep, field)
+
+
+def scores_of(choice: Scores, total: int, field: str) -> list[float]:
+    """Return the scores of all units of a block, checked.
+
+    Raises:
+        BlockConfigError: There are not as many as units, or one is no number.
+    """
+    return _checked_scores(_plain(choice.values, field), total, field)
 
 
 def largest(scores: Sequence[float], keep: int) -> tuple[int, ...]:

@@ -47,6 +47,7 @@ def init_child_from_parent(
     *,
     ffn_channels: Choices = "norm",
     kv_heads: Choices = "mean",
+    query_heads: Choices | None = None,
     linear: str = "product",
     dtype: torch.dtype | None = None,
     dialect: Dialect | str | None = None,
@@ -85,6 +86,8 @@ def init_child_from_parent(
       idle query heads up again. (`PruneKVHeads` of NVIDIA Model-Optimizer; `"mean"` is its `AverageKV`. Its
       `FirstKV`, which lets query heads attend to a foreign KV head, is not offered.) `q_norm` and `k_norm`
       are shared by all heads and stay.
+    * **Fewer query heads.** Those of KV heads that go, go first: rows of `q` and its bias, columns of `o`.
+      Where a KV head shall have fewer than attend to it, `query_heads` says which stay, in ascending order.
     * **`replace_with_linear`**, by `linear="product"`: `W_o @ W_v` with each head of `W_v` repeated for the
       query heads on it, or `W_down @ W_up`; in fp32, rounded once to the parent's dtype. The norm stays;
       biases have no place in it (`ChildReport.warnings`, which also go to the log).
@@ -99,6 +102,8 @@ def init_child_from_parent(
         ffn_channels: `"norm"`, `"first"`, `Scores(…)` or `Indexes(…)`; or a sequence or mapping with one of
             them for each block.
         kv_heads: `"mean"`, `"first"`, `Scores(…)` or `Indexes(…)`; or one of them for each block.
+        query_heads: `"first"` of each KV head, `Scores(…)` or `Indexes(…)` of the parent's query heads; or
+            one of them for each block. Needed only where a KV head shall have fewer query heads.
         linear: `"product"`.
         dtype: To cast floating-point tensors to; by default each keeps its own. A cast tensor is held in
             memory as a whole.
@@ -147,7 +152,7 @@ def init_child_from_parent(
     from sharded_ckpt.runtime import as_runtime
 
     here = as_runtime(runtime)
-    rules = Rules(ffn_channels, kv_heads, linear)
+    rules = Rules(ffn_channels, kv_heads, linear, query_heads)
     with together(here.control, f"planning a child of {os.fspath(parent)}"):
         job = _prepare(parent, where, descriptor, block_configs, rules, dtype, dialect)
         _refuse_parent_itself(job.reader.source, out_path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from patchers.base_sizes import BaseSizes
+from patchers.base_sizes import BaseSizes, said_query_heads
 from patchers.block_config import BlockConfig
 from patchers.dialects import read_block_configs
 from patchers.errors import BlockConfigError, CheckpointError, FamilyError
@@ -191,10 +191,14 @@ def _agreed(
     Raises:
         CheckpointError: They hold something else.
     """
-    heads = said.attention.num_key_value_heads or sizes.num_key_value_heads
+    kv_heads = said.attention.num_key_value_heads or sizes.num_key_value_heads
     width = said.ffn.intermediate_size or sizes.intermediate_size
     resolved = BlockConfig(
-        replace(said.attention, num_key_value_heads=heads or found.attention.num_key_value_heads),
+        replace(
+            said.attention,
+            num_key_value_heads=kv_heads or found.attention.num_key_value_heads,
+            num_attention_heads=said_query_heads(said.attention, sizes),
+        ),
         replace(said.ffn, intermediate_size=width or found.ffn.intermediate_size),
     )
     if resolved != found:

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from patchers.base_sizes import BaseSizes, said_query_heads
 from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig
 from patchers.block_fields import at_block
 from patchers.dialects import parse_blocks
 from patchers.errors import BlockConfigError, PatchError
 from patchers.inference import infer_block_configs
 from patchers.names import fold, fold_indices
-from sharded_ckpt.children.attention import KV_HEADS, LINEAR_ATTENTION, plan_attention
+from sharded_ckpt.children.attention import KV_HEADS, LINEAR_ATTENTION, QUERY_HEADS, plan_attention
 from sharded_ckpt.children.choices import Rules, check_choices, check_name
 from sharded_ckpt.children.ffn import FFN_CHANNELS, LINEAR_FFN, plan_ffn
 from sharded_ckpt.children.parent import Parent, Part
@@ -84,7 +85,7 @@ def plan_child(
     rules = rules or Rules()
     _check_rules(rules, len(parent.blocks))
     asked = parse_blocks(_one_each(block_configs, len(parent.blocks)), parent.sizes.raw)
-    blocks = tuple(_settled(*pair) for pair in zip(asked, parent.blocks, strict=True))
+    blocks = tuple(_settled(*pair, parent.sizes) for pair in zip(asked, parent.blocks, strict=True))
     planned = []
     for index, block in enumerate(blocks):
         with at_block(index):
@@ -99,6 +100,8 @@ def plan_child(
 def _check_rules(rules: Rules, count: int) -> None:
     check_choices(rules.ffn_channels, count, "ffn_channels", FFN_CHANNELS)
     check_choices(rules.kv_heads, count, "kv_heads", KV_HEADS)
+    if rules.query_heads is not None:
+        check_choices(rules.query_heads, count, "query_heads", QUERY_HEADS)
     check_name(rules.linear, "linear", [name for name in LINEAR_ATTENTION if name in LINEAR_FFN])
 
 
@@ -124,9 +127,14 @@ def _one_each(block_configs: Any, count: int) -> Sequence[BlockConfig | Mapping[
     return [entries.get(index, BlockConfig()) for index in range(count)]
 
 
-def _settled(asked: BlockConfig, had: BlockConfig) -> BlockConfig:
-    """Return what a block shall be: a part of which nothing is said stays the parent's."""
+def _settled(asked: BlockConfig, had: BlockConfig, sizes: BaseSizes) -> BlockConfig:
+    """Return what a block shall be: a part of which nothing is said, and heads, stay the parent's."""
     attention = had.attention if asked.attention == AttentionConfig() else asked.attention
+    if attention.is_native:
+        heads = attention.num_attention_heads or had.attention.num_attention_heads
+        kv_heads = attention.num_key_value_heads or had.attention.num_key_value_heads
+        attention = replace(attention, num_key_value_heads=kv_heads, num_attention_heads=heads)
+        attention = replace(attention, num_attention_heads=said_query_heads(attention, sizes))
     ffn = had.ffn if asked.ffn == FFNConfig() else asked.ffn
     return BlockConfig(
         replace(attention, extra=asked.attention.extra or had.attention.extra),

@@ -140,7 +140,7 @@ class _Shape:
         norms = (not block.attention.no_op) + (not block.ffn.no_op)
         biases = 0
         if self.attention_bias and block.attention.is_native:
-            biases += (self.heads + 2 * _kv_heads(block)) * self.head_dim + self.hidden
+            biases += (self._heads(block) + 2 * _kv_heads(block)) * self.head_dim + self.hidden
         if self.mlp_bias and block.ffn.intermediate_size:
             biases += 2 * block.ffn.intermediate_size + self.hidden
         return self._attention(block) + self._ffn(block.ffn) + norms * self.hidden + biases
@@ -148,7 +148,7 @@ class _Shape:
     def flops(self, block: BlockConfig, tokens: int, length: int) -> int:
         """Return the operations of a forward pass: two for each weight that a token meets, and attention."""
         matrices = self._attention(block) + self._ffn(block.ffn, active=True)
-        scores = length * self.heads * self.head_dim if block.attention.is_native else 0
+        scores = length * self._heads(block) * self.head_dim if block.attention.is_native else 0
         return 2 * tokens * (matrices + scores)
 
     def cached(self, block: BlockConfig) -> int:
@@ -161,7 +161,10 @@ class _Shape:
             raise ConfigError("costs of a state-space mixer (attention.mamba) are not known")
         if not attention.is_native:
             return 0 if attention.no_op else self.hidden**2
-        return 2 * self.hidden * self.head_dim * (self.heads + _kv_heads(block))
+        return 2 * self.hidden * self.head_dim * (self._heads(block) + _kv_heads(block))
+
+    def _heads(self, block: BlockConfig) -> int:
+        return block.attention.num_attention_heads or self.heads
 
     def _ffn(self, ffn: FFNConfig, active: bool = False) -> int:
         if not ffn.is_native:

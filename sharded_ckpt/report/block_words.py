@@ -16,11 +16,14 @@ def attention_words(block: BlockConfig | None) -> str:
     Example:
         >>> attention_words(BlockConfig(AttentionConfig(num_key_value_heads=8))), attention_words(None)
         ('8 KV heads', '?')
+        >>> attention_words(BlockConfig(AttentionConfig(1, num_attention_heads=4)))
+        '1 KV head of 4 heads'
     """
     if block is None:
         return UNKNOWN
-    heads = block.attention.num_key_value_heads
-    return _kind(block.attention) or (UNKNOWN if heads is None else f"{heads} KV head{'s'[: heads != 1]}")
+    kv_heads, heads = block.attention.num_key_value_heads, block.attention.num_attention_heads
+    words = UNKNOWN if kv_heads is None else f"{kv_heads} KV head{'s'[: kv_heads != 1]}"
+    return _kind(block.attention) or (words if heads is None else f"{words} of {heads} heads")
 
 
 def ffn_words(block: BlockConfig | None) -> str:

@@ -149,6 +149,7 @@ def changed_without_trace(raw: Mapping[str, Any]) -> list[int]:
     heads, width = sizes.num_key_value_heads or sizes.num_attention_heads, sizes.intermediate_size
     resized = any(
         block.attention.num_key_value_heads not in (None, heads)
+        or block.attention.num_attention_heads not in (None, sizes.num_attention_heads)
         or block.ffn.intermediate_size not in (None, width)
         or block.ffn.moe is not None
         for block in told[0]
