@@ -43,6 +43,10 @@ class MissingKeysError(CheckpointError):
     """Tensors that are needed are not in the checkpoint."""
 
 
+class MegatronArgsError(CheckpointError, RuntimeError):
+    """A checkpoint has none of Megatron-LM's arguments in it."""
+
+
 class PartialModelError(ShardedCkptError, RuntimeError):
     """A shard that owns only some blocks was used as if it were the whole model."""
 
@@ -57,6 +61,18 @@ class CollectiveError(ShardedCkptError, RuntimeError):
     def __init__(self, message: str, failures: dict[int, str] | None = None) -> None:
         super().__init__(message)
         self.failures = dict(failures or {})
+
+
+class ManagerImportError(ConfigError, ImportError):
+    """The module of a checkpoint manager cannot be imported."""
+
+
+class ManagerAttributeError(ConfigError, AttributeError):
+    """The module of a checkpoint manager has no such class."""
+
+
+class ManagerTypeError(ConfigError, TypeError):
+    """A class is no checkpoint manager."""
 
 
 class UntestedVersionWarning(UserWarning):

@@ -6,6 +6,10 @@ from patchers.errors import CheckpointNotFoundError as CheckpointNotFoundError
 from patchers.errors import CollectiveError as CollectiveError
 from patchers.errors import ConfigError as ConfigError
 from patchers.errors import FamilyError as FamilyError
+from patchers.errors import ManagerAttributeError as ManagerAttributeError
+from patchers.errors import ManagerImportError as ManagerImportError
+from patchers.errors import ManagerTypeError as ManagerTypeError
+from patchers.errors import MegatronArgsError as MegatronArgsError
 from patchers.errors import MissingKeysError as MissingKeysError
 from patchers.errors import OwnershipError as OwnershipError
 from patchers.errors import PartialModelError as PartialModelError

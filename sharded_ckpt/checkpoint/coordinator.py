@@ -6,9 +6,12 @@ single process; `sharded_ckpt.collective.control_group` has the one that spans r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
+
+from patchers.errors import ConfigError
+from patchers.names import fold_indices
 
 
 @runtime_checkable
@@ -61,3 +64,27 @@ def together(coordinator: Coordinator, doing: str) -> Iterator[None]:
     except Exception as caught:  # whatever it is, the other ranks must hear of it
         error = caught
     coordinator.vote(error, doing)
+
+
+def refuse_disagreement(said: Sequence[Mapping[str, Any]], doing: str) -> None:
+    """Raise on every rank if the ranks do not mean the same.
+
+    Args:
+        said: What each rank says, in rank order, as `gather` gave it.
+        doing: What cannot be done then ("save to …").
+
+    Raises:
+        ConfigError: It names what they disagree on, and who says what.
+
+    Example:
+        >>> refuse_disagreement([{"step": 1}, {"step": 2}], "save")
+        Traceback (most recent call last):
+        patchers.errors.ConfigError: cannot save: the ranks disagree on `step`: 1 on rank 0; 2 on rank 1
+    """
+    for name in dict.fromkeys(name for words in said for name in words):
+        ranks: dict[str, list[int]] = {}
+        for rank, words in enumerate(said):
+            ranks.setdefault(repr(words.get(name)), []).append(rank)
+        if len(ranks) > 1:
+            views = "; ".join(f"{text:.200} on rank {fold_indices(which)}" for text, which in ranks.items())
+            raise ConfigError(f"cannot {doing}: the ranks disagree on `{name}`: {views}")

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from patchers.errors import CheckpointError, CollectiveError, ConfigError
+from patchers.errors import CheckpointError, CollectiveError
 from patchers.names import fold_indices
 from sharded_ckpt.checkpoint import workspace
 from sharded_ckpt.checkpoint.commit import UNTOUCHED, Publication
 from sharded_ckpt.checkpoint.contents import Contents, RankRecord
-from sharded_ckpt.checkpoint.coordinator import Coordinator, Solo
+from sharded_ckpt.checkpoint.coordinator import Coordinator, Solo, refuse_disagreement
 from sharded_ckpt.checkpoint.journal import STAGE
 from sharded_ckpt.checkpoint.storage import LocalStorage, PathLike
 from sharded_ckpt.checkpoint.transaction import Transaction
@@ -131,13 +131,7 @@ def _agree(coordinator: Coordinator, target: Path, options: dict[str, Any]) -> s
     said = coordinator.gather(
         {"options": options, "inside": _works_in(target)}, f"agreeing on how to save to {target}"
     )
-    for name in options:
-        ranks: dict[str, list[int]] = {}
-        for rank, words in enumerate(said):
-            ranks.setdefault(repr(words["options"][name]), []).append(rank)
-        if len(ranks) > 1:
-            views = "; ".join(f"{text:.200} on rank {fold_indices(which)}" for text, which in ranks.items())
-            raise ConfigError(f"cannot save to {target}: the ranks disagree on `{name}`: {views}")
+    refuse_disagreement([words["options"] for words in said], f"save to {target}")
     inside = [rank for rank, words in enumerate(said) if words["inside"]]
     return f"it is the working directory of rank {fold_indices(inside)}" if inside else None
 

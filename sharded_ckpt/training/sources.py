@@ -59,7 +59,7 @@ def load_sources(
     control = as_runtime(runtime).control
     with together(control, "opening what a training starts from"):
         state = model if isinstance(model, ModelState) else ModelState(model)
-        sources = [Weights(_source(spec), state, _form(spec, transforms)) for spec in specs]
+        sources = [Weights(source_of(spec), state, _form(spec, transforms)) for spec in specs]
         for source in sources:
             source.compare()
     missing = [_audited(source, control) for source in sources]
@@ -95,7 +95,12 @@ def _refuse_uncovered(specs: Sequence[LoadSpec], missing: Sequence[tuple[str, ..
         )
 
 
-def _source(spec: LoadSpec) -> WeightSource:
+def source_of(spec: LoadSpec) -> WeightSource:
+    """Return what reads the weights of a source.
+
+    Raises:
+        CheckpointError: It is broken, or not there.
+    """
     if spec.format == "dcp":
         return DcpWeights(spec.checkpoint_id, spec.prefix)
     if spec.format == "training_state":

@@ -14,10 +14,12 @@ import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from patchers.errors import ConfigError
 from patchers.names import fold
 from sharded_ckpt.checkpoint.coordinator import Coordinator, together
 from sharded_ckpt.checkpoint.publish import Transaction, transaction
@@ -42,6 +44,35 @@ FORMAT: Final = "sharded_ckpt training state"
 VERSION: Final = 1
 
 
+class SavedModel(Protocol):
+    """What is saved of a model: a `ModelState`, or anything that says the same."""
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """Which name is tied to which, in the whole model."""
+
+    @property
+    def unowned(self) -> tuple[str, ...] | None:
+        """The modules that are stubs here; None where the parts are not to make up a whole model."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tensors by name."""
+
+
+class SavedOptimizer(Protocol):
+    """What is saved of optimizers: an `OptimizerState`, or anything that says the same."""
+
+    @property
+    def ties(self) -> Mapping[str, str]:
+        """Which key of the state is tied to which."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by key."""
+
+    def table(self) -> OptimizerTable:
+        """Return what there is besides tensors."""
+
+
 @dataclass(frozen=True)
 class StagedState:
     """What this rank writes of a training state, agreed upon with all ranks; nothing is written yet.
@@ -61,8 +92,8 @@ class StagedState:
     @classmethod
     def gather(
         cls,
-        model: ModelState,
-        optimizer: OptimizerState | None,
+        model: SavedModel,
+        optimizer: SavedOptimizer | None,
         control: Coordinator,
         *,
         transforms: StateDictTransforms | None = None,
@@ -83,12 +114,7 @@ class StagedState:
             CollectiveError: In place of these on all ranks, when some of several failed.
         """
         with together(control, f"collecting the training state for {where}"):
-            state = model.state_dict()
-            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-            if odd := state.keys() - tensors.keys():
-                logger.warning("%s: not saved, as it is no tensor: %s", where, fold(sorted(odd)))
-            slots = optimizer.tensors() if optimizer else {}
-            table = (optimizer.table() if optimizer else OptimizerTable()).to_plain()
+            tensors, slots, table = _collected(model, optimizer, where)
         tensors = whole_tensors(tensors, control, where)
         slots = whole_tensors(slots, control, where)
         with together(control, f"bringing the training state for {where} into its form in files"):
@@ -97,17 +123,39 @@ class StagedState:
         _, weights = mine.divide(control, where)
         optim = _divide_slots(slots, optimizer, control, where)
         whole = _merge_tables(table, control, where)
-        info = {
-            "format": FORMAT,
-            "version": VERSION,
-            "id": uuid.uuid4().hex,
-            "world_size": control.world_size,
-            "transforms": transforms.described if transforms else [],
-            "untied": dict(weights.untied),
-        }
+        info = _info(control.world_size, transforms, weights.untied)
         first = control.rank == 0
         written = mine.written_by(control.rank, weights)
         return cls(written, optim, whole if first else None, info if first else None)
+
+    @classmethod
+    def of_rank(
+        cls,
+        model: SavedModel,
+        optimizer: SavedOptimizer | None,
+        *,
+        transforms: StateDictTransforms | None = None,
+        where: object = "a training state",
+    ) -> StagedState:
+        """Stage all that is on this rank, for this rank alone; nobody else is asked.
+
+        Args:
+            model: What is on this rank.
+            optimizer: Those of this rank.
+            transforms: What turns the model's tensors into those that are written.
+            where: What is saved to, for errors.
+
+        Raises:
+            ConfigError: Something is spread over ranks as a DTensor, so that this rank has only a part of it.
+        """
+        tensors, slots, table = _collected(model, optimizer, where)
+        if spread := [name for name, t in {**tensors, **slots}.items() if isinstance(t, DTensor)]:
+            raise ConfigError(
+                f"{where}: {fold(spread)} is spread over ranks (DTensor), and cannot be saved for one rank "
+                "alone: save to a directory that all ranks share"
+            )
+        written = transforms.to_storage(tensors) if transforms else tensors
+        return cls(written, slots, table, _info(1, transforms, {}))
 
     def write(self, save: Transaction, *, max_shard_size: int | str | None = None) -> None:
         """Put it into a save, which may hold other things, too.
@@ -187,8 +235,33 @@ def save_training_state(
         staged.write(save, max_shard_size=max_shard_size)
 
 
+def _collected(
+    model: SavedModel, optimizer: SavedOptimizer | None, where: object
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Return what this rank has: the tensors of model and optimizers, and what these keep besides."""
+    state = model.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if odd := state.keys() - tensors.keys():
+        logger.warning("%s: not saved, as it is no tensor: %s", where, fold(sorted(odd)))
+    slots = optimizer.tensors() if optimizer else {}
+    return tensors, slots, (optimizer.table() if optimizer else OptimizerTable()).to_plain()
+
+
+def _info(
+    world_size: int, transforms: StateDictTransforms | None, untied: Mapping[str, str]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "id": uuid.uuid4().hex,
+        "world_size": world_size,
+        "transforms": transforms.described if transforms else [],
+        "untied": dict(untied),
+    }
+
+
 def _divide_slots(
-    slots: Mapping[str, Tensor], optimizer: OptimizerState | None, control: Coordinator, where: object
+    slots: Mapping[str, Tensor], optimizer: SavedOptimizer | None, control: Coordinator, where: object
 ) -> dict[str, Tensor]:
     """Return the tensors of optimizers that this rank writes; there may be none on any rank."""
     if not any(control.gather(len(slots), f"comparing the optimizer state saved to {where}")):

@@ -93,7 +93,7 @@ class StoredState:
 
 
 def load_training_state(
-    directory: str | os.PathLike[str],
+    directory: str | os.PathLike[str] | StoredState,
     model: ModelState | nn.Module,
     optimizer: OptimizerState | None = None,
     *,
@@ -107,7 +107,7 @@ def load_training_state(
     touched; if something does not fit, all ranks raise the same error and nothing was loaded.
 
     Args:
-        directory: What `save_training_state` has written.
+        directory: What `save_training_state` has written; or that, opened.
         model: A `ModelState`, or a model to make one of.
         optimizer: None on ranks that train nothing. If it is None on all of them, the optimizer state is not
             read: to start with a fresh optimizer.
@@ -133,10 +133,12 @@ def load_training_state(
         2 tensors filled
     """
     control = as_runtime(runtime).control
+    opened = directory if isinstance(directory, StoredState) else None
+    directory = directory.directory if isinstance(directory, StoredState) else directory
     with together(control, f"opening {directory}"):
         mode = StrictHandling.of(strictness)
         state = model if isinstance(model, ModelState) else ModelState(model)
-        stored = StoredState.open(directory)
+        stored = opened or StoredState.open(directory)
     _refuse_another_save(stored, control)
     with together(control, f"comparing the model with {directory}"):
         form = None if transforms is None else FileForm(transforms.to_storage, transforms.from_storage)
