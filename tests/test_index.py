@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,8 +21,10 @@ from sharded_ckpt.checkpoint.index import (
     open_index,
     parse_index,
 )
+from sharded_ckpt.checkpoint.index_json import _parse_usual, parse_index_json
 from sharded_ckpt.checkpoint.reader import CheckpointReader, open_checkpoint
 from sharded_ckpt.checkpoint.source import open_source
+from sharded_ckpt.checkpoint.strict_json import parse_json
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 KEYS = {f"model.layers.{i}.mlp.up_proj.weight": bytes([i]) * 8 for i in range(4)}
@@ -359,6 +363,44 @@ class TestWhatIsNoRegularFile:
             "loop": "cannot be read: Too many levels of symbolic links",
         }
         assert str(caught.value) == f"{path}: {reason[kind]}"
+
+
+names = st.text(st.sampled_from('ab.7é "\\\n\t{}:,'), max_size=6) | st.sampled_from(
+    ["weight_map", "metadata"]
+)
+usual = st.dictionaries(st.text(st.sampled_from("ab.7é {}:,"), max_size=6), st.sampled_from([ONE, TWO, "{}"]))
+metadata = st.dictionaries(names, st.integers() | names | st.just({"weight_map": {}}), max_size=2)
+
+
+@st.composite
+def written_indexes(draw: st.DrawFn) -> bytes:
+    top = {"metadata": draw(metadata), "weight_map": draw(usual | st.dictionaries(names, names))}
+    form = {"indent": draw(st.sampled_from([None, None, 1, 2, "\t"])), "sort_keys": draw(st.booleans())}
+    text = json.dumps(top if draw(st.booleans()) else dict(reversed(top.items())), ensure_ascii=False, **form)
+    begin, removed = draw(st.integers(0, len(text))), draw(st.integers(0, 3))
+    added = draw(
+        st.sampled_from(["", "", '"', ",", ", ", "\n", "\\", "}", "\x00", "\xa0", '"a": "b", ', "{}"])
+    )
+    return (text[:begin] + added + text[begin + removed :]).encode()
+
+
+@settings(max_examples=500, deadline=None)
+@given(written_indexes())
+def test_the_fast_way_through_an_index_says_what_the_slow_one_says(raw: bytes) -> None:
+    def outcome(parse: Callable[[bytes, str], Any]) -> str:
+        try:
+            return json.dumps(parse(raw, "c/i.json"))  # the order of the entries counts, too
+        except CheckpointError as error:
+            return str(error)
+
+    assert outcome(parse_index_json) == outcome(parse_json)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_index_as_others_write_it_takes_the_fast_way(indent: int | None) -> None:
+    top = {"metadata": {"total_size": 8}, "weight_map": {"a": ONE, "b": ONE, "c": TWO}}
+    raw = json.dumps(top, indent=indent, sort_keys=True).encode() + b"\n"
+    assert _parse_usual(raw, "c/i.json") == top
 
 
 def test_ten_thousand_shards_and_two_hundred_thousand_keys_take_a_second() -> None:

@@ -12,7 +12,7 @@ def paused_collection() -> Iterator[None]:
     """Switch the cyclic collector off inside, and on again if it was on.
 
     Making a hundred thousand entries or tensors triggers hundreds of collections that find nothing and cost
-    up to five times the work itself.
+    up to five times the work itself. Nor are they made up for afterwards: what is new counts as old then.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -20,4 +20,7 @@ def paused_collection() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
+            if not gc.get_freeze_count():  # else unfreezing would undo what the process has frozen
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()

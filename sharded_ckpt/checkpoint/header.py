@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise, repeat
+from itertools import accumulate, repeat
 
 from patchers.errors import CheckpointError
 from sharded_ckpt.checkpoint.entry import DTYPE_BITS, TensorEntry, nbytes_of, shorten
@@ -40,8 +40,8 @@ MAX_HEADER_BYTES = 100_000_000
 FIRST_READ_BYTES = 256 * 1024
 """Enough for the whole header of most files, so that one read gets it."""
 
-_ENTRY = re.compile(r',"([^"]*)":\{"dtype":"([^]]*)\],"data_offsets":\[([^]]*)\]\}')
-_ENTRY_FRAME = len(',"":{"dtype":"],"data_offsets":[]}')
+_ENTRY = re.compile(r',"([^"]*)":\{"dtype":"([^]]*)\],"data_offsets":\[([^,]*),([^]]*)\]\}')
+_ENTRY_FRAME = len(',"":{"dtype":"],"data_offsets":[,]}')
 _LAYOUT = re.compile(r'([A-Z0-9_]+)","shape":\[((?:0|[1-9][0-9]{0,18})(?:,(?:0|[1-9][0-9]{0,18}))*)?')
 _NEEDS_ESCAPE = ("\\", *map(chr, range(32)))
 _METADATA_START = '{"__metadata__":{'
@@ -64,6 +64,7 @@ class Header:
     file: str
     """The file, as it is named in errors."""
     tensors: Mapping[str, TensorEntry]
+    """In file order; an empty one stands before the one that begins where it is."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     data_begin: int = 8
     """Offset of the first byte of data, from the begin of the file."""
@@ -154,9 +155,9 @@ def _parse_canonical(text: str, data_begin: int, file_size: int) -> Parsed | Non
         found = _ENTRY.findall(body)
         if any(character in body for character in _NEEDS_ESCAPE):
             return None
-        names, layouts, offsets = zip(*found, strict=True) if found else ((),) * 3
+        names, layouts, begins, ends = zip(*found, strict=True) if found else ((),) * 4
         # Matches do not overlap: if their lengths add up, they are the body, nothing lies between them.
-        matched = sum(len("".join(part)) for part in (names, layouts, offsets))
+        matched = sum(len("".join(part)) for part in (names, layouts, begins, ends))
         if matched + _ENTRY_FRAME * len(found) != len(body):
             return None
         known = {layout: _read_layout(layout) for layout in set(layouts)}
@@ -165,8 +166,8 @@ def _parse_canonical(text: str, data_begin: int, file_size: int) -> Parsed | Non
     dtypes, shapes, sizes = zip(*map(known.__getitem__, layouts), strict=True) if found else ((),) * 3
     # The tensors follow each other, so that their sizes alone say what every offset must be.
     bounds = list(accumulate(sizes, initial=0))
-    texts = list(map(str, bounds))
-    if data_begin + bounds[-1] != file_size or offsets != tuple(map(",".join, pairwise(texts))):
+    texts = tuple(map(str, bounds))
+    if data_begin + bounds[-1] != file_size or begins != texts[:-1] or ends != texts[1:]:
         return None
     bounds = [data_begin + bound for bound in bounds]
     # tuple.__new__ skips the Python frame of TensorEntry.__new__, a third of the cost of a key.

@@ -41,6 +41,7 @@ def parse_any(text: str, data_begin: int, file_size: int, file: str) -> Parsed:
         raise CheckpointError(f"{file}: the header is a JSON {type(top).__name__}, expected an object")
     metadata = _check_metadata(top.pop("__metadata__", None), file)
     tensors = {name: _check_entry(name, entry, data_begin, file) for name, entry in top.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
     _check_cover(tensors, data_begin, file_size, file)
     return tensors, metadata
 
@@ -100,9 +101,9 @@ def _check_entry(name: str, entry: Any, data_begin: int, file: str) -> TensorEnt
 
 
 def _check_cover(tensors: dict[str, TensorEntry], data_begin: int, file_size: int, file: str) -> None:
-    """Check that the tensors follow each other from the begin of the data to the end of the file."""
+    """Check that the tensors, in file order, follow each other from the header to the end of the file."""
     reached, before = data_begin, "the header"
-    for name, entry in sorted(tensors.items(), key=lambda item: item[1][2:]):
+    for name, entry in tensors.items():
         if entry.begin != reached:
             fault = "overlaps" if entry.begin < reached else "leaves a hole after"
             raise CheckpointError(

@@ -14,12 +14,12 @@ from patchers.names import fold
 from sharded_ckpt.checkpoint.entry import shorten
 from sharded_ckpt.checkpoint.garbage import paused_collection
 from sharded_ckpt.checkpoint.header import Header
+from sharded_ckpt.checkpoint.index_json import parse_index_json
 from sharded_ckpt.checkpoint.rival import find_difference
 from sharded_ckpt.checkpoint.source import (
     INDEX_SUFFIX,
     TensorSource,
     check_name,
-    parse_json,
     read_source_header,
 )
 
@@ -71,7 +71,7 @@ class CheckpointIndex:
     @cached_property
     def files(self) -> tuple[str, ...]:
         """The files that hold tensors, sorted."""
-        return tuple(sorted(set(self.weight_map.values())))
+        return tuple(self._groups)
 
     def by_file(self, keys: Iterable[str] | None = None) -> dict[str, list[str]]:
         """Group tensor names by the file that holds them, files sorted.
@@ -82,15 +82,22 @@ class CheckpointIndex:
         Raises:
             MissingKeysError: Names are not in the index.
         """
-        wanted = self.weight_map if keys is None else dict.fromkeys(keys)
-        groups: dict[str, list[str]] = {}
+        if keys is None or keys is self:
+            return {file: list(group) for file, group in self._groups.items()}
+        wanted = dict.fromkeys(keys)
         try:
-            for file, run in groupby(
-                wanted, self.weight_map.__getitem__
-            ):  # keys of a file stand in long runs
-                groups.setdefault(file, []).extend(run)
+            return self._grouped(wanted)
         except KeyError:
             raise self._missing(wanted) from None
+
+    @cached_property
+    def _groups(self) -> dict[str, list[str]]:
+        return self._grouped(self.weight_map)
+
+    def _grouped(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        for file, run in groupby(keys, self.weight_map.__getitem__):  # keys of a file stand in long runs
+            groups.setdefault(file, []).extend(run)
         return {file: groups[file] for file in sorted(groups)}
 
     def _missing(self, wanted: Iterable[str]) -> MissingKeysError:
@@ -187,7 +194,7 @@ def parse_index(raw: bytes, *, location: str, file: str) -> CheckpointIndex:
         {'a': 'm.safetensors'}
     """
     where = f"{location}/{file}"
-    top = parse_json(raw, where)
+    top = parse_index_json(raw, where)
     weight_map = top.get("weight_map") if isinstance(top, dict) else None
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{where}: not an index: expected an object with an object `weight_map`")

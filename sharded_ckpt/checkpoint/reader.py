@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
-from operator import itemgetter, le
 from typing import TYPE_CHECKING, Any
 
 from patchers.errors import CheckpointError
@@ -33,9 +32,6 @@ _MAX_OPEN_SHARDS = 128
 
 _ATTEMPTS = 100
 """A saver that does nothing but save can win many times in a row."""
-
-_PLACE = itemgetter(2, 3)
-"""Begin and end of an entry: an empty tensor stands before the one that begins where it is."""
 
 
 class CheckpointReader:
@@ -191,15 +187,11 @@ class CheckpointReader:
     def _entries(self, file: str, keys: list[str]) -> list[Item]:
         """Return the tensors of a file in file order."""
         tensors = self._shards[file].header.tensors
-        try:
-            entries = list(map(tensors.__getitem__, keys))
-        except KeyError:
-            raise ghost_keys(self.index, file, [key for key in keys if key not in tensors]) from None
-        items = list(zip(keys, entries, strict=True))
-        places = list(map(_PLACE, entries))
-        if not all(map(le, places, places[1:])):
-            items = [items[number] for number in sorted(range(len(items)), key=places.__getitem__)]
-        return items
+        if not tensors.keys() >= set(keys):
+            raise ghost_keys(self.index, file, [key for key in keys if key not in tensors])
+        if len(keys) == len(tensors):
+            return list(tensors.items())
+        return sorted(((key, tensors[key]) for key in keys), key=lambda item: item[1][2:])
 
 
 def _batches(plan: Plan) -> Iterator[Plan]:

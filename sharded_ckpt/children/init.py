@@ -236,7 +236,7 @@ def _prepare(
     from patchers.descriptor import ModelDescriptor
     from sharded_ckpt.config import load_model_config
 
-    reader = open_checkpoint(location, lambda index: index.keys(), **where)
+    reader = open_checkpoint(location, lambda index: index, **where)
     native = load_model_config(reader.source)
     found = ModelDescriptor.of(descriptor, native)
     parent = Parent.of(reader.source.location, reader.headers(), native.to_dict(), found)

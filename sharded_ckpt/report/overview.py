@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from patchers.block_config import BlockConfig
@@ -184,7 +185,7 @@ def _rows(stack: str, groups: Sequence[TensorGroup], kinds: Kinds) -> Iterator[B
     files: dict[int, set[str]] = {}
     for group in groups:
         for file, numbers in group.numbers.items():
-            for block, count in Counter(number[group.block_position] for number in numbers).items():
+            for block, count in Counter(map(itemgetter(group.block_position), numbers)).items():
                 parameters[int(block)] += count * group.elements
                 nbytes[int(block)] += count * group.size
                 files.setdefault(int(block), set()).add(file)

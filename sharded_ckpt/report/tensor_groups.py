@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 from patchers.names import fold_indices, split_block
-from sharded_ckpt.checkpoint.entry import DTYPE_BITS, TensorEntry
+from sharded_ckpt.checkpoint.entry import DTYPE_BITS, TensorEntry, nbytes_of
 
 Numbers: TypeAlias = "tuple[str, ...]"
 """The indexes in a name, in their order."""
@@ -43,8 +44,8 @@ class TensorGroup:
     def name(self) -> str:
         """The names, indexes folded; of several indexes not every combination need exist."""
         text = self.words[0]
-        for word, column in zip(self.words[1:], zip(*self._all, strict=True), strict=True):
-            different = set(column)
+        for at, word in enumerate(self.words[1:]):
+            different = set(map(itemgetter(at), self._all))
             folded = fold_indices(map(int, different))
             text += f".{folded}{word}" if len(different) == 1 else f".{{{folded}}}{word}"
         return text
@@ -78,7 +79,7 @@ class TensorGroup:
     def blocks(self) -> set[int]:
         """Return the blocks that the tensors belong to."""
         at = self.block_position
-        return set(map(int, {numbers[at] for numbers in self._all}))
+        return set(map(int, set(map(itemgetter(at), self._all))))
 
     def tails(self) -> dict[int, list[Numbers]]:
         """Return the indexes that follow that of the block, by block."""
@@ -98,7 +99,7 @@ class TensorGroup:
         said = {"name": self.name, "dtype": self.dtype, "shape": self.shape}
         return {**said, "count": self.count, "nbytes": self.nbytes, "files": sorted(self.numbers)}
 
-    @property
+    @cached_property
     def _all(self) -> list[Numbers]:
         return [numbers for listed in self.numbers.values() for numbers in listed]
 
@@ -117,17 +118,15 @@ def group_tensors(files: Iterable[tuple[str, Iterable[tuple[str, TensorEntry]]]]
         ('model.layers.{0-1,3}.mlp.up_proj.weight', 3, 'model.layers')
     """
     groups: dict[_Key, dict[str, list[Numbers]]] = {}
-    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
     split = _SPLIT
     for file, items in files:
         here: dict[_Key, list[Numbers]] = {}
-        for key, (dtype, shape, begin, end) in items:
+        for key, (dtype, shape, _, _) in items:
             parts = split(key)
             here.setdefault((tuple(parts[::2]), dtype, shape), []).append(tuple(parts[1::2]))
-            sizes[dtype, shape] = end - begin
         for kind, numbers in here.items():
             groups.setdefault(kind, {})[file] = numbers
-    found = [TensorGroup(*kind, sizes[kind[1:]], numbers) for kind, numbers in groups.items()]
+    found = [TensorGroup(*kind, nbytes_of(*kind[1:]), numbers) for kind, numbers in groups.items()]
     return sorted((part for group in found for part in _by_stack(group)), key=lambda part: part.name)
 
 
