@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from patchers.errors import ShardedCkptError
+from patchers.tables import Page, printable
 from sharded_ckpt import __version__
 
 OK, FAILED, USAGE = 0, 1, 2
@@ -62,8 +63,8 @@ class CommandModule(Protocol):
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Add description, options and an example."""
 
-    def run(self, arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str, int]:
-        """Return what is to be printed, and the exit code."""
+    def run(self, arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str | Page, int]:
+        """Return what is to be printed, and the exit code; a page is coloured on a terminal."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     module: Any = importlib.import_module(chosen.module) if chosen else None
     arguments = _parser(chosen, module).parse_args(argv)
     try:
-        text, code = module.run(arguments, _say)
-        sys.stdout.write(text + "\n" if text else "")  # of several ranks, one speaks
+        said, code = module.run(arguments, _say)
+        _write(said)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader has seen enough: `sharded-ckpt … | head`
@@ -112,6 +113,15 @@ def _parser(chosen: Command | None, module: CommandModule | None) -> argparse.Ar
     return parser
 
 
+def _write(said: str | Page) -> None:
+    if not isinstance(said, str):
+        from sharded_ckpt.report.terminal import write_page
+
+        write_page(said, sys.stdout)
+    elif said:  # of several ranks, one speaks
+        sys.stdout.write(f"{said}\n")
+
+
 def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(f"{printable(text)}\n")
     sys.stderr.flush()

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import ConfigError
 from patchers.names import fold
+from patchers.tables import amount
 from sharded_ckpt.ownership.budgets import Budget, read_budgets
 from sharded_ckpt.ownership.skeleton import modules_beside, nbytes_of
-from sharded_ckpt.ownership.table import amount
 
 Device: TypeAlias = "int | str | torch.device"
 """The number or name of an accelerator, "cpu", or "disk"."""

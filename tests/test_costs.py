@@ -84,9 +84,15 @@ def test_what_cannot_be_counted_is_refused_by_name() -> None:
         skeleton_costs(family_config("minimax"), by="bytes+kv")
     with pytest.raises(ConfigError, match="costs cannot be counted of a int; give a config, a checkpoint"):
         plan_ownership(3, 2)  # type: ignore[arg-type]
-    quantised = tiny_config().to_dict() | {"quantization_config": {"quant_method": "fp8"}}
-    with pytest.raises(ConfigError, match="the config says that the weights are quantised"):
+    quantised = tiny_config().to_dict() | {"quantization_config": {"quant_method": "awq"}}
+    with pytest.raises(ConfigError, match="the weights are quantised by awq, which is not read here"):
         costs_of(quantised)
+
+
+def test_weights_that_are_dequantised_count_as_they_are_in_memory() -> None:
+    config = tiny_config().to_dict()
+    fp8 = config | {"quantization_config": {"quant_method": "fp8"}}
+    assert costs_of(fp8, by="bytes+kv") == costs_of(config, by="bytes+kv")
 
 
 # Time -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from patchers.tables import Page
 from sharded_ckpt.commands.arguments import add_checkpoint, add_dialect, positive
 
 DESCRIPTION = """\
@@ -40,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="the target may hold something already")
 
 
-def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str, int]:
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str | Page, int]:
     """Convert a checkpoint.
 
     Raises:
@@ -60,4 +61,4 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str,
         manifest=arguments.manifest,
         overwrite=arguments.overwrite,
     )
-    return overview(arguments.target).title, 0
+    return [overview(arguments.target).title], 0

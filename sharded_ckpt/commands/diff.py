@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from patchers.tables import Page
 from sharded_ckpt.commands.arguments import add_checkpoint, add_json, as_json
 
 DESCRIPTION = """\
@@ -29,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str, int]:
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str | Page, int]:
     """Compare two checkpoints; the code is 1 if they differ.
 
     Raises:
@@ -40,4 +41,4 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str,
 
     with byte_progress(None if sys.stderr.isatty() else False, 0, True, "comparing") as progress:
         found = compare(arguments.first, arguments.second, values=not arguments.no_values, progress=progress)
-    return as_json(found.to_dict()) if arguments.json else str(found), 1 if found else 0
+    return as_json(found.to_dict()) if arguments.json else found.page, 1 if found else 0

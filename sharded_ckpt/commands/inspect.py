@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from patchers.tables import Page
 from sharded_ckpt.commands.arguments import add_checkpoint, add_json, as_json
 
 DESCRIPTION = """\
@@ -27,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str, int]:
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str | Page, int]:
     """Look into a checkpoint.
 
     Raises:
@@ -36,4 +37,4 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str,
     from sharded_ckpt.report.overview import overview
 
     found = overview(arguments.checkpoint)
-    return as_json(found.to_dict()) if arguments.json else str(found), 0
+    return as_json(found.to_dict()) if arguments.json else found.page, 0

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patchers.tables import Page, Table, amount
 from sharded_ckpt.commands.arguments import add_json, as_json, positive
 
 if TYPE_CHECKING:
@@ -54,7 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str, int]:
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str | Page, int]:
     """Plan; the code is 1 if the model does not fit.
 
     Raises:
@@ -83,23 +86,88 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str,
     if arguments.png is not None:
         _draw(arguments.png, target, plan, even)
         say(f"{arguments.png}: drawn")
-    reads = _reads(target, plan)
-    if arguments.json:
-        return as_json(_as_dict(plan, even, reads, misfit)), 1 if misfit else 0
-    return _as_text(plan, even, reads, misfit), 1 if misfit else 0
+    outcome = _Outcome(plan, even, _reads(target, plan), misfit, _coding_note(target))
+    return as_json(outcome.to_dict()) if arguments.json else outcome.page, 1 if misfit else 0
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What is to be said.
+
+    Attributes:
+        plan: The plan.
+        even: The even split beside it.
+        reads: What each rank reads; None where there are no weights.
+        misfit: Why the model does not fit.
+        note: What bytes are meant, where that could be asked.
+    """
+
+    plan: OwnershipPlan
+    even: OwnershipPlan
+    reads: list[RankReads] | None
+    misfit: str | None
+    note: str | None
+
+    @property
+    def page(self) -> Page:
+        """What it looks like."""
+        notes = [f"note: {self.note}"] if self.note else []
+        even = replace(self.even.table, caption=f"an even split by number:\n{self.even.table.caption}")
+        verdict = [self.misfit] if self.misfit else ["it fits"] if self.plan.budgets else []
+        return [self.plan.table, *self._read_tables(), even, *notes, *verdict]
+
+    def _read_tables(self) -> list[Table]:
+        if self.reads is None:
+            return []
+        rows = [["rank", "reads", "of files", "to download"]]
+        for rank, read in enumerate(self.reads):
+            sizes = [amount(read.nbytes, "bytes"), str(len(read.files)), amount(read.download, "bytes")]
+            rows.append([str(rank), *sizes])
+        return [Table(rows)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        asked = self.misfit is not None or self.plan.budgets is not None
+        return {
+            "by": self.plan.by,
+            **_split_dict(self.plan),
+            "even": _split_dict(self.even),
+            "fits": self.misfit is None if asked else None,
+            "misfit": self.misfit,
+            "note": self.note,
+            "reads": None if self.reads is None else [vars(read) for read in self.reads],
+        }
+
+
+def _coding_note(target: str | Path | Mapping[str, Any]) -> str | None:
+    if (method := _quantisation(target)) is None:
+        return None
+    return (
+        f'the weights are quantised ({method}): "bytes" are those of the files where there are any, '
+        '"bytes+kv" those in memory, where weights are dequantised as they are loaded'
+    )
 
 
 def _costs(target: str | Path | Mapping[str, Any], by: str, sizes: dict[str, int]) -> ModelCosts:
-    """Count by the config; of quantised weights it does not tell the bytes, so that headers are asked."""
-    from sharded_ckpt.checkpoint.source import open_source, read_json
+    """Count by the config; what quantised weights take in the files, only headers tell."""
+    from patchers.errors import CheckpointNotFoundError
     from sharded_ckpt.ownership import costs_of
     from sharded_ckpt.report.rank_reads import stored_costs
 
-    if by == "bytes" and not isinstance(target, Mapping):
-        source = open_source(target)
-        if source.exists("config.json") and read_json(source, "config.json").get("quantization_config"):
+    if by == "bytes" and not isinstance(target, Mapping) and _quantisation(target):
+        with suppress(CheckpointNotFoundError):  # a config alone
             return stored_costs(target)
     return costs_of(target, by=by, **sizes)
+
+
+def _quantisation(target: str | Path | Mapping[str, Any]) -> str | None:
+    from sharded_ckpt.checkpoint.source import open_source, read_json
+    from sharded_ckpt.ownership.counting import quantisation_of
+
+    if isinstance(target, Mapping):
+        return quantisation_of(target)
+    source = open_source(target)
+    return quantisation_of(read_json(source, "config.json")) if source.exists("config.json") else None
 
 
 def _draw(
@@ -137,35 +205,6 @@ def _reads(target: str | Path | Mapping[str, Any], plan: OwnershipPlan) -> list[
         return rank_reads(target, plan)
     except CheckpointNotFoundError:
         return None
-
-
-def _as_text(
-    plan: OwnershipPlan, even: OwnershipPlan, reads: list[RankReads] | None, misfit: str | None
-) -> str:
-    from sharded_ckpt.ownership.table import amount, as_text
-
-    parts = [str(plan)]
-    if reads is not None:
-        rows = [["rank", "reads", "of files", "to download"]]
-        for rank, read in enumerate(reads):
-            sizes = [amount(read.nbytes, "bytes"), str(len(read.files)), amount(read.download, "bytes")]
-            rows.append([str(rank), *sizes])
-        parts.append(as_text(rows))
-    parts.append(f"an even split by number:\n{even}")
-    if misfit:
-        parts.append(misfit)
-    elif plan.budgets:
-        parts.append("it fits")
-    return "\n\n".join(parts)
-
-
-def _as_dict(
-    plan: OwnershipPlan, even: OwnershipPlan, reads: list[RankReads] | None, misfit: str | None
-) -> dict[str, Any]:
-    said = {"by": plan.by, **_split_dict(plan), "even": _split_dict(even), "fits": None, "misfit": misfit}
-    if misfit or plan.budgets:
-        said["fits"] = misfit is None
-    return {**said, "reads": None if reads is None else [vars(read) for read in reads]}
 
 
 def _split_dict(plan: OwnershipPlan) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
+from patchers.tables import Page
 from sharded_ckpt.commands.arguments import add_checkpoint, add_json, as_json
 
 DESCRIPTION = """\
@@ -39,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str, int]:
+def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str | Page, int]:
     """Check a checkpoint; the code is 1 if something is wrong.
 
     Raises:
@@ -59,5 +60,5 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str,
             finite=arguments.scan,
             progress=progress,
         )
-    text = as_json({"sound": bool(report), **asdict(report)}) if arguments.json else str(report)
-    return text, 0 if report else 1
+    said = as_json({"sound": bool(report), **asdict(report)}) if arguments.json else [str(report)]
+    return said, 0 if report else 1

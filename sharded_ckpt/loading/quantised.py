@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from patchers.errors import CheckpointError, ConfigError
+from sharded_ckpt.ownership.counting import DEQUANTISED
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE = "_scale_inv"
@@ -52,7 +53,7 @@ class Coding:
         raw: Mapping[str, Any] = said if isinstance(said, Mapping) else said.to_dict()
         method = raw.get("quant_method")
         method = getattr(method, "value", method)
-        if method not in ("fp8", "mxfp4"):
+        if method not in DEQUANTISED:
             raise ConfigError(
                 f"quantization_config says quant_method={method!r}: fp8 (float8 weights with "
                 "weight_scale_inv) and mxfp4 are dequantised while they are loaded, other methods are not. "

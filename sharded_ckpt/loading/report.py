@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from patchers.names import fold, fold_indices
-from sharded_ckpt.ownership.table import as_html
+from patchers.tables import Table, as_html
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LoadReport:
 
     def _repr_html_(self) -> str:
         title, *lines = self._lines()
-        return as_html(title, [["report"], *([line] for line in lines or ["nothing odd"])])
+        return as_html([Table([["report"], *([line] for line in lines or ["nothing odd"])], title)])
 
     def _lines(self) -> list[str]:
         owned = fold_indices(self.blocks) or "none"

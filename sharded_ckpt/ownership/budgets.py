@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 from patchers.errors import OwnershipError
 from patchers.names import fold_indices
+from patchers.tables import amount
 from sharded_ckpt.ownership.costs import ModelCosts
 from sharded_ckpt.ownership.partition import Run, min_max_runs
-from sharded_ckpt.ownership.table import amount
 
 Budget: TypeAlias = "float | str"
 Budgets: TypeAlias = "Budget | Sequence[Budget]"

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Countable: TypeAlias = "Mapping[str, Any] | PreTrainedConfig | str | os.PathLike[str]"
 """A config, the content of a config.json, or a checkpoint (a directory or a hub id) that has one."""
 
+DEQUANTISED = ("fp8", "mxfp4")
+"""The `quant_method` of weights that are loaded as the numbers that they stand for."""
+
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -26,7 +29,8 @@ def costs_of(model: Countable, *, by: str = "bytes", batch: int = 1, length: int
     """Count what the parts of a model cost, by its config alone.
 
     Families of the llama shape are counted by formula, which imports no torch; any other on the skeleton of
-    its native class.
+    its native class. Bytes are those in memory: of weights that a load dequantises, those of the config's
+    dtype (what the files of a checkpoint hold, its headers tell: `plan_from_index`).
 
     Args:
         model: A config, or a checkpoint whose config is read.
@@ -38,6 +42,8 @@ def costs_of(model: Countable, *, by: str = "bytes", batch: int = 1, length: int
         ConfigError: They cannot be counted.
     """
     raw = _raw_config(model)
+    if by.startswith("bytes"):
+        _refuse_unread_coding(raw)
     if raw.get("model_type", "llama") in LLAMA_SHAPED:
         found = read_block_configs(raw)
         blocks = found[0] if found else [BlockConfig()] * _number_of_blocks(raw)
@@ -117,15 +123,31 @@ def _number_of_blocks(raw: Mapping[str, Any]) -> int:
 
 def _dtype_bytes(raw: Mapping[str, Any]) -> int:
     """Return the size of an element, as the config says it; transformers' default is fp32."""
-    if raw.get("quantization_config"):
-        raise ConfigError(
-            "the config says that the weights are quantised, so their size does not follow from its dtype; "
-            "plan_from_index counts the bytes of a checkpoint's tensors"
-        )
     name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in _DTYPE_BYTES:
         raise ConfigError(f"the config's dtype is {name!r}; known are {', '.join(_DTYPE_BYTES)}")
     return _DTYPE_BYTES[name]
+
+
+def quantisation_of(raw: Mapping[str, Any]) -> str | None:
+    """Return how a config says its weights are quantised: the `quant_method`; None if they are not."""
+    configs = [part for part in (raw, raw.get("text_config")) if isinstance(part, Mapping)]
+    said = next((part["quantization_config"] for part in configs if part.get("quantization_config")), None)
+    if said is None:
+        return None
+    method = said.get("quant_method") if isinstance(said, Mapping) else getattr(said, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def _refuse_unread_coding(raw: Mapping[str, Any]) -> None:
+    """Raise where nobody here knows what quantised weights would take in memory."""
+    method = quantisation_of(raw)
+    if method is not None and method not in DEQUANTISED:
+        raise ConfigError(
+            f"the weights are quantised by {method}, which is not read here ({' and '.join(DEQUANTISED)} "
+            "are), so it is not known what they take in memory; plan_from_index counts what the tensors of "
+            "a checkpoint take in its files"
+        )
 
 
 def _is_embedding(key: str) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 
 from patchers.errors import OwnershipError
 from patchers.names import fold_indices
+from patchers.tables import Table, amount, as_html, as_text
 from sharded_ckpt.ownership.costs import ModelCosts
-from sharded_ckpt.ownership.table import amount, as_html, as_text
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,21 @@ class OwnershipPlan:
         return next(rank for rank, owned in enumerate(self.blocks) if block in owned)
 
     def __str__(self) -> str:
-        return f"{self._title()}\n{as_text(self._table())}"
+        return as_text([self.table])
 
     def _repr_html_(self) -> str:
-        return as_html(self._title(), self._table())
+        return as_html([self.table])
 
-    def _title(self) -> str:
-        return (
+    @property
+    def table(self) -> Table:
+        """What it looks like."""
+        title = (
             f"{self.num_blocks} blocks over {self.world_size} ranks by {self.by}: "
             f"the largest rank has {self.imbalance:.2f}x the mean"
         )
+        return Table(self._rows(), title)
 
-    def _table(self) -> list[list[str]]:
+    def _rows(self) -> list[list[str]]:
         mean = sum(self.totals) / self.world_size
         rows = [["rank", "blocks", "number", self.by, "of mean", *self._budget_header(), "and"]]
         for rank, (owned, total) in enumerate(zip(self.blocks, self.totals, strict=True)):

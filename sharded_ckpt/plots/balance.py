@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from patchers.errors import OwnershipError
-from sharded_ckpt.ownership.table import amount
+from patchers.tables import amount
 from sharded_ckpt.plots.drawing import ATTENTION, FFN, INK, PALE, TEXT, axes_or_new, axis_text, bare, halo
 
 if TYPE_CHECKING:

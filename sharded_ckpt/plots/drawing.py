@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from patchers.errors import ConfigError
-from sharded_ckpt.ownership.table import amount
+from patchers.tables import amount
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

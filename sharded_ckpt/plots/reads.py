@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from patchers.errors import CheckpointError
-from sharded_ckpt.ownership.table import amount
+from patchers.tables import amount
 from sharded_ckpt.plots.drawing import FAINT, INK, TEXT, axes_or_new, axis_text, bare, rank_colors
 
 if TYPE_CHECKING:

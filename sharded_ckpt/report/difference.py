@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from patchers.block_words import attention_words, ffn_words
 from patchers.dialects import CONFIG_FIELDS
 from patchers.names import fold, split_block
+from patchers.tables import Page, Table, as_html, as_text
 from sharded_ckpt.checkpoint.entry import TensorEntry
 from sharded_ckpt.checkpoint.reader import CheckpointReader, open_checkpoint
 from sharded_ckpt.checkpoint.source import read_json
-from sharded_ckpt.ownership.table import as_text
-from sharded_ckpt.report.block_words import attention_words, ffn_words
 from sharded_ckpt.report.overview import CheckpointOverview, overview
 
 if TYPE_CHECKING:
@@ -73,15 +73,22 @@ class CheckpointDifference:
         return any(said)
 
     def __str__(self) -> str:
+        return as_text(self.page)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.page)
+
+    @property
+    def page(self) -> Page:
+        """What it looks like."""
         what = "blocks, tensors and values" if self.values is not None else "blocks and tensors"
         if not self:
-            return f"{self.first} and {self.second}: config, {what} are equal"
-        parts = [f"{self.first} and {self.second} differ"]
-        parts += [_table("config", self.config), _table("block", self.blocks)]
-        parts += [f"only in {self.first}: {fold(self.only_first)}" if self.only_first else ""]
-        parts += [f"only in {self.second}: {fold(self.only_second)}" if self.only_second else ""]
-        parts += [_table("tensors", _alike(self.forms)), self._value_table()]
-        return "\n\n".join(part for part in parts if part)
+            return [f"{self.first} and {self.second}: config, {what} are equal"]
+        parts: list[str | Table] = [f"{self.first} and {self.second} differ"]
+        parts += _tables("config", self.config) + _tables("block", self.blocks)
+        parts += [f"only in {self.first}: {fold(self.only_first)}"] if self.only_first else []
+        parts += [f"only in {self.second}: {fold(self.only_second)}"] if self.only_second else []
+        return parts + _tables("tensors", _alike(self.forms)) + self._value_tables()
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data; JSON has no NaN and no infinity, which become texts."""
@@ -90,14 +97,14 @@ class CheckpointDifference:
             row.update({name: str(v) for name, v in row.items() if v != v or v == math.inf})
         return said
 
-    def _value_table(self) -> str:
+    def _value_tables(self) -> list[Table]:
         if not self.values:
-            return ""
+            return []
         rows = [["values of", "tensors", "largest", "relative"]]
         for found in self.values:
             sizes = [f"{found.largest:.3g}", f"{found.relative:.3g}"]
             rows.append([found.name, f"{found.tensors} of {found.compared}", *sizes])
-        return as_text(rows)
+        return [Table(rows)]
 
 
 def compare(
@@ -238,7 +245,7 @@ def _alike(forms: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
     return {fold(of): pair for pair, of in keys.items()}
 
 
-def _table(what: str, pairs: Mapping[str, tuple[Any, Any]]) -> str:
-    if not pairs:
-        return ""
-    return as_text([[what, "first", "second"], *([name, str(a), str(b)] for name, (a, b) in pairs.items())])
+def _tables(what: str, pairs: Mapping[str, tuple[Any, Any]]) -> list[Table]:
+    """Return a table of what differs, none if nothing does."""
+    rows = [[name, str(a), str(b)] for name, (a, b) in pairs.items()]
+    return [Table([[what, "first", "second"], *rows])] if rows else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,15 +10,15 @@ from operator import itemgetter
 from typing import Any
 
 from patchers.block_config import BlockConfig
+from patchers.block_words import attention_words, block_dict, ffn_words
 from patchers.dialects import detect_dialect
 from patchers.names import fold_indices
+from patchers.tables import Page, Table, amount, as_html, as_text
 from sharded_ckpt.checkpoint.contents import SHARD
 from sharded_ckpt.checkpoint.garbage import paused_collection
 from sharded_ckpt.checkpoint.reader import open_checkpoint
 from sharded_ckpt.checkpoint.source import read_json
-from sharded_ckpt.ownership.table import amount, as_html, as_text
 from sharded_ckpt.report.block_kinds import Kinds, infer_kinds, main_stack, text_config
-from sharded_ckpt.report.block_words import attention_words, block_dict, ffn_words
 from sharded_ckpt.report.tensor_groups import TensorGroup, group_tensors
 
 
@@ -77,13 +76,17 @@ class CheckpointOverview:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        notes = [f"note: {note}" for note in self.notes]
-        tables = [as_text(rows) for rows in (self._block_table(), self._tensor_table()) if len(rows) > 1]
-        return "\n\n".join(["\n".join([self.title, *notes]), *tables])
+        return as_text(self.page)
 
     def _repr_html_(self) -> str:
-        tables = as_html(self.title, self._block_table()) + as_html("tensors", self._tensor_table())
-        return tables + "".join(f"<p>note: {html.escape(note)}</p>" for note in self.notes)
+        return as_html(self.page)
+
+    @property
+    def page(self) -> Page:
+        """What it looks like."""
+        notes = [f"note: {note}" for note in self.notes]
+        tables = [Table(rows) for rows in (self._block_rows(), self._tensor_rows()) if len(rows) > 1]
+        return ["\n".join([self.title, *notes]), *tables]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data."""
@@ -100,7 +103,7 @@ class CheckpointOverview:
         size = f"{amount(self.nbytes, 'bytes')} in {len(self.files)} file{'s'[: len(self.files) != 1]}"
         return f"{self.location}: {family}\n{parameters}, {size} ({kinds})"
 
-    def _block_table(self) -> list[list[str]]:
+    def _block_rows(self) -> list[list[str]]:
         several = len({row.stack for row in self.blocks}) > 1
         rows = [["block", "attention", "FFN", "parameters", "bytes", "shards"]]
         for row in self.blocks:
@@ -111,7 +114,7 @@ class CheckpointOverview:
             )
         return rows
 
-    def _tensor_table(self) -> list[list[str]]:
+    def _tensor_rows(self) -> list[list[str]]:
         rows = [["tensors", "dtype", "shape", "number", "bytes"]]
         for group in self.groups:
             shape = " x ".join(map(str, group.shape)) or "scalar"
