@@ -235,6 +235,12 @@ class BlockConfig(_ShortRepr):
     attention: AttentionConfig = AttentionConfig()
     ffn: FFNConfig = FFNConfig()
 
+    def _repr_html_(self) -> str:
+        from patchers.block_words import block_table
+        from patchers.tables import as_html
+
+        return as_html([block_table([self])])
+
     def __post_init__(self) -> None:
         for name, kind in (("attention", AttentionConfig), ("ffn", FFNConfig)):
             if not isinstance(getattr(self, name), kind):

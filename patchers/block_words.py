@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig
+from patchers.names import fold_indices
+from patchers.tables import Table
 
 UNKNOWN = "?"
 
@@ -44,6 +47,21 @@ def ffn_words(block: BlockConfig | None) -> str:
         return f"{moe.num_local_experts} experts, {moe.expert_intermediate_dim} wide{beside}"
     width = ffn.intermediate_size
     return _kind(ffn) or (UNKNOWN if width is None else f"{width} wide")
+
+
+def block_table(blocks: Iterable[BlockConfig | None]) -> Table:
+    """Set out blocks as a table, those that are alike in one row.
+
+    Example:
+        >>> wide, none = BlockConfig(ffn=FFNConfig(96)), BlockConfig(ffn=FFNConfig(no_op=True))
+        >>> block_table([wide, none, wide]).rows
+        [['blocks', 'number', 'attention', 'FFN'], ['0,2', '2', '?', '96 wide'], ['1', '1', '?', 'no-op']]
+    """
+    alike: dict[tuple[str, str], list[int]] = {}
+    for index, block in enumerate(blocks):
+        alike.setdefault((attention_words(block), ffn_words(block)), []).append(index)
+    rows = [[fold_indices(of), str(len(of)), *words] for words, of in alike.items()]
+    return Table([["blocks", "number", "attention", "FFN"], *rows])
 
 
 def block_dict(block: BlockConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from patchers.errors import ConfigError, FamilyError
 from patchers.families import NATIVE_FAMILY, PLAIN_FAMILIES
 from patchers.native import final_norm_of, find_layers, model_class_of, model_on_meta, name_in
 from patchers.probe import LayerKind, SubBlock, is_structured_as, probe_layers, structure_of
+from patchers.tables import Table, as_html, as_text
 from patchers.versions import warn_if_untested
 
 
@@ -54,6 +55,26 @@ class ModelDescriptor:
     head: str | None
     layer_classes: tuple[type[nn.Module], ...]
     probe: Callable[[], tuple[LayerKind, ...]] = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return as_text([self.table])
+
+    def _repr_html_(self) -> str:
+        return as_html([self.table])
+
+    @property
+    def table(self) -> Table:
+        """What it looks like. How layers work is in it once it was found out, which takes a while."""
+        parts = {"layers": self.layers, "embedding": self.embedding}
+        parts |= {"final norm": self.final_norm or "-", "head": self.head or "-"}
+        parts["layer classes"] = ", ".join(cls.__name__ for cls in self.layer_classes)
+        kinds = self.layer_kinds if "layer_kinds" in vars(self) else ()
+        for name in ("attention", "ffn"):
+            found = dict.fromkeys(part.name for kind in kinds for part in getattr(kind, name))
+            parts |= {name: ", ".join(found)} if found else {}
+        return Table(
+            [["part", "where"], *map(list, parts.items())], f"{self.family}: {self.model_class.__name__}"
+        )
 
     @functools.cached_property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

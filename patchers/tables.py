@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -100,4 +99,6 @@ def _paragraph(text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    return html.escape(printable(text))
+    from html import escape  # its table of entities takes a while, and only notebooks need it
+
+    return escape(printable(text))

@@ -10,7 +10,8 @@ from itertools import groupby
 from typing import Any
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError, MissingKeysError
-from patchers.names import fold
+from patchers.names import block_of, fold, fold_indices
+from patchers.tables import Table, amount, as_html, as_text
 from sharded_ckpt.checkpoint.entry import shorten
 from sharded_ckpt.checkpoint.garbage import paused_collection
 from sharded_ckpt.checkpoint.header import Header
@@ -34,7 +35,7 @@ _PICKLES = (".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """Which file of a checkpoint holds which tensor.
+    """Which file of a checkpoint holds which tensor. Printed, and in a notebook, it is a table of the files.
 
     Example:
         >>> index = CheckpointIndex("ckpt", {"a": "1.st", "b": "2.st", "c": "1.st"})
@@ -46,11 +47,11 @@ class CheckpointIndex:
 
     location: str
     """The checkpoint, as it is named in errors."""
-    weight_map: Mapping[str, str]
+    weight_map: Mapping[str, str] = field(repr=False)
     """For each tensor the file that holds it, relative to the checkpoint."""
     total_size: int | None = None
     """Bytes of all tensors, if the index says so; nobody has checked that."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Whatever else the index says."""
     file: str | None = None
     """The index file, None if headers were read instead."""
@@ -63,6 +64,24 @@ class CheckpointIndex:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weight_map)
+
+    def __str__(self) -> str:
+        return as_text([self.table])
+
+    def _repr_html_(self) -> str:
+        return as_html([self.table])
+
+    @property
+    def table(self) -> Table:
+        """What it looks like: the files, how many tensors each holds, and of which blocks."""
+        title = f"{self.location}: {len(self)} tensors in {len(self.files)} files"
+        if self.file is not None and self.total_size is not None:
+            title += f", {amount(self.total_size, 'bytes')} as {self.file} says"
+        rows = [["file", "tensors", "of blocks"]]
+        for file, keys in self.by_file().items():
+            blocks = {block for key in keys if (block := block_of(key)) is not None}
+            rows.append([file, str(len(keys)), fold_indices(blocks) or "-"])
+        return Table(rows, title)
 
     def keys(self) -> KeysView[str]:
         """Return the names of all tensors."""

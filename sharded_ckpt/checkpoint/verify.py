@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError
 from patchers.names import fold
+from patchers.tables import as_html
 from sharded_ckpt.checkpoint.header import Header
 from sharded_ckpt.checkpoint.index import CheckpointIndex, open_index
 from sharded_ckpt.checkpoint.manifest import MANIFEST_FILE, FileDigest, Manifest, parse_manifest
@@ -69,6 +70,9 @@ class VerifyReport:
             f"{self.location}: {len(self.problems) or 'no'} problem{'s'[: len(self.problems) != 1]} ({size})"
         )
         return "\n  ".join([head, *map(str, self.problems), *(f"note: {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        return as_html([str(self)])
 
 
 class _Findings:
