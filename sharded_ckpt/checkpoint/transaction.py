@@ -28,9 +28,11 @@ class Transaction:
     All names are relative to the directory that is saved to and use `/`. No method waits for other ranks.
     """
 
-    def __init__(self, stage: Path, rank: int, storage: LocalStorage, *, digest: bool) -> None:
+    def __init__(
+        self, stage: Path, rank: int, storage: LocalStorage, *, digest: bool, record: RankRecord | None = None
+    ) -> None:
         self._stage, self._storage, self._digest = stage, storage, digest
-        self._record = RankRecord(rank)
+        self._record = RankRecord(rank) if record is None else record
         self._open = True
 
     @property
@@ -125,6 +127,31 @@ class Transaction:
         """Say which tensors all ranks together write to a stem; the save fails if they have not."""
         self._record.expected.setdefault(stem + SUFFIX + INDEX_SUFFIX, []).extend(keys)
 
+    def lend(self) -> dict[str, Any]:
+        """Return what `borrow` needs, as plain data, to go on with this rank's share in another process.
+
+        Until that process has told what it has staged (`settle`), nothing may be staged here.
+        """
+        self._require_open("lend it")
+        return {
+            "stage": os.fspath(self._stage),
+            "durable": self._storage.durable,
+            "digest": self._digest,
+            "record": self._record.to_json().decode(),
+        }
+
+    @classmethod
+    def borrow(cls, lent: Mapping[str, Any]) -> Transaction:
+        """Return a rank's end of a save that another process lends; `close` gives what to tell that one."""
+        record = RankRecord.from_json(lent["record"].encode())
+        storage = LocalStorage(durable=lent["durable"])
+        return cls(Path(lent["stage"]), record.rank, storage, digest=lent["digest"], record=record)
+
+    def settle(self, record: RankRecord) -> None:
+        """Take over what the borrower has staged."""
+        self._require_open("take over what another process has staged")
+        self._record = record
+
     def close(self) -> RankRecord:
         """Return what was staged; nothing more can be."""
         self._open = False
@@ -152,9 +179,12 @@ class Transaction:
             raise CheckpointError(f"{name}: written twice in one save, by this rank or by another one")
         return self._stage / name
 
-    def _check(self, name: str) -> None:
+    def _require_open(self, doing: str) -> None:
         if not self._open:
-            raise RuntimeError(f"cannot write {name}: the save that this belongs to is over")
+            raise RuntimeError(f"cannot {doing}: the save that this belongs to is over")
+
+    def _check(self, name: str) -> None:
+        self._require_open(f"write {name}")
         check_name(name, "save")
         if name == MANIFEST_FILE:
             raise ConfigError(f"{MANIFEST_FILE} is written by the save itself: ask for it with manifest=True")

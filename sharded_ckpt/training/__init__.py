@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from sharded_ckpt.training.adapter_files import save_adapter as save_adapter
     from sharded_ckpt.training.audit import FillReport as FillReport
     from sharded_ckpt.training.audit import StrictHandling as StrictHandling
+    from sharded_ckpt.training.checkpointing import AsyncCallsQueue as AsyncCallsQueue
+    from sharded_ckpt.training.checkpointing import GlobalState as GlobalState
+    from sharded_ckpt.training.checkpointing import TrainState as TrainState
     from sharded_ckpt.training.converters import AdapterKeys as AdapterKeys
     from sharded_ckpt.training.converters import DoRAKeys as DoRAKeys
     from sharded_ckpt.training.converters import DropExtraState as DropExtraState
@@ -50,6 +53,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "quantised": ("BlockQuantised",),
         "sources": ("load_sources",),
         "audit": ("FillReport", "StrictHandling"),
+        "checkpointing": ("AsyncCallsQueue", "GlobalState", "TrainState"),
         "converters": (
             "AdapterKeys",
             "DoRAKeys",

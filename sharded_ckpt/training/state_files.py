@@ -9,10 +9,11 @@ Every rank writes what it owns, through the same transaction as any other save. 
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -26,9 +27,11 @@ from sharded_ckpt.checkpoint.publish import Transaction, transaction
 from sharded_ckpt.runtime import as_runtime
 from sharded_ckpt.saving.saved_tensors import SavedTensors
 from sharded_ckpt.training.dtensors import whole_tensors
+from sharded_ckpt.training.host_buffers import HostBuffers
 from sharded_ckpt.training.model_state import ModelState
 from sharded_ckpt.training.optimizer_state import OptimizerState
 from sharded_ckpt.training.optimizer_table import OptimizerTable, merge
+from sharded_ckpt.training.writer_process import Groups, write_groups
 
 if TYPE_CHECKING:
     from sharded_ckpt.runtime import Runtime
@@ -82,12 +85,14 @@ class StagedState:
         optim: The tensors of the optimizers that this rank writes.
         table: What the optimizers of all ranks keep besides, on the rank that writes it.
         info: The content of training_state.json, on the rank that writes it.
+        write_tensors: What brings the tensors into a save.
     """
 
     model: Mapping[str, Tensor]
     optim: Mapping[str, Tensor]
     table: Mapping[str, Any] | None
     info: Mapping[str, Any] | None
+    write_tensors: Callable[[Transaction, Groups, int | str | None], None] = write_groups
 
     @classmethod
     def gather(
@@ -164,19 +169,21 @@ class StagedState:
             save: One that all ranks take part in.
             max_shard_size: Bytes of tensors in one file, or a text such as `"5GB"`.
         """
-        save.write_tensors(self.model, MODEL_STEM, max_shard_size=max_shard_size)
-        save.write_tensors(self.optim, OPTIM_STEM, max_shard_size=max_shard_size)
+        self.write_tensors(save, {MODEL_STEM: self.model, OPTIM_STEM: self.optim}, max_shard_size)
         if self.table is not None:
             save.write_json(OPTIMIZER_FILE, self.table)
         if self.info is not None:
             save.write_json(STATE_FILE, self.info)
 
-    def snapshot(self) -> StagedState:
-        """Return a copy in host memory, for a save that goes on while training does."""
-        copies = (
-            {n: t.detach().to("cpu", copy=True) for n, t in ts.items()} for ts in (self.model, self.optim)
-        )
-        return replace(self, model=next(copies), optim=next(copies))
+    def snapshot(self, buffers: HostBuffers | None = None) -> StagedState:
+        """Return a copy in host memory, for a save that goes on while training does.
+
+        Args:
+            buffers: The memory, whose copies of the save before are overwritten; new memory by default.
+        """
+        copies = (buffers or HostBuffers()).copy({"model": self.model, "optim": self.optim})
+        table, info = copy.deepcopy((self.table, self.info))
+        return replace(self, model=copies["model"], optim=copies["optim"], table=table, info=info)
 
 
 def save_training_state(
