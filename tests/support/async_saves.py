@@ -171,7 +171,8 @@ def die_while_saving(parent: str) -> list[Any]:
             said = "nothing"
         except CollectiveError as error:
             said = str(error)
-        return [said, queue.get_num_unfinalized_calls(), sorted(os.listdir(parent))]
+        names = [name for name in os.listdir(parent) if not name.startswith(".")]
+        return [said, queue.get_num_unfinalized_calls(), names]
 
 
 def load_first(parent: str) -> None:
