@@ -24,6 +24,7 @@ from sharded_ckpt.training.writer_process import WriterProcess
 if TYPE_CHECKING:
     from torch.distributed.checkpoint import StorageWriter
 
+    from sharded_ckpt.training.checkpointing.config import CheckpointConfig
     from sharded_ckpt.training.checkpointing.train_state import GlobalState
     from sharded_ckpt.training.state_files import StagedState
 
@@ -299,7 +300,7 @@ def schedule_async_save(global_state: GlobalState, async_request: AsyncRequest) 
 
 
 def maybe_finalize_async_save(
-    global_state: GlobalState, ckpt_cfg: Any, blocking: bool = False, terminate: bool = False
+    global_state: GlobalState, ckpt_cfg: CheckpointConfig, blocking: bool = False, terminate: bool = False
 ) -> None:
     """Publish the save under way if all ranks have written it; to be called after each step, on all ranks.
 

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from sharded_ckpt.checkpoint.coordinator import Coordinator
     from sharded_ckpt.runtime import Runtime
     from sharded_ckpt.training.checkpointing.async_calls import AsyncCallsQueue
+    from sharded_ckpt.training.checkpointing.config import CheckpointConfig
     from sharded_ckpt.training.transforms import StateDictTransforms
-
-TRAIN_STATE_FILE: Final = "train_state.json"
 
 _DTYPES: Final = {"int": torch.int64, "float": torch.float64, "bool": torch.bool}
 
@@ -127,9 +126,10 @@ class GlobalState:
     peft_config: Any = field(default=None, kw_only=True)
 
     @property
-    def checkpoint_config(self) -> Any:
+    def checkpoint_config(self) -> CheckpointConfig:
         """What is said of checkpoints."""
-        return getattr(self.cfg, "checkpoint", self.cfg)
+        config: CheckpointConfig = getattr(self.cfg, "checkpoint", self.cfg)
+        return config
 
     @property
     def control(self) -> Coordinator:
