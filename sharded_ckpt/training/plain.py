@@ -6,6 +6,7 @@ name that begins with `$`. Anything else is refused by name: nothing is ever pic
 
 from __future__ import annotations
 
+import base64
 import math
 from collections import Counter, OrderedDict, defaultdict
 from typing import Any
@@ -16,8 +17,8 @@ from patchers.errors import CheckpointError, ConfigError
 from sharded_ckpt.checkpoint.tensors import torch_dtype
 from sharded_ckpt.checkpoint.writer import DTYPE_NAMES
 
-MOST_ELEMENTS = 4096
-"""Elements of a tensor that may stand in JSON; larger ones belong into a tensor file."""
+MOST_ELEMENTS = 8192
+"""Elements of a tensor that may stand in JSON (a random state has 5056); others belong into tensor files."""
 
 _DICTS = (dict, OrderedDict, defaultdict)
 
@@ -26,7 +27,7 @@ def to_plain(value: Any, where: str = "value") -> Any:
     """Return a value as plain JSON data.
 
     Args:
-        value: None, numbers, strings, lists, tuples, sets, dicts, small tensors and dtypes, nested.
+        value: None, numbers, strings, bytes, lists, tuples, sets, dicts, small tensors and dtypes, nested.
         where: What it is, for errors.
 
     Raises:
@@ -49,6 +50,8 @@ def to_plain(value: Any, where: str = "value") -> Any:
         return items if type(value) is list else {f"${type(value).__name__}": items}
     if isinstance(value, torch.Tensor):
         return _plain_tensor(value, where)
+    if type(value) is bytes:
+        return {"$bytes": base64.b64encode(value).decode("ascii")}
     if isinstance(value, torch.dtype) and str(value) in DTYPE_NAMES:
         return {"$dtype": DTYPE_NAMES[str(value)]}
     raise ConfigError(
@@ -115,6 +118,7 @@ def _dtype(name: str) -> torch.dtype:
 
 _READERS: dict[str, Any] = {
     "$float": float,
+    "$bytes": lambda text: base64.b64decode(text, validate=True),
     "$tuple": lambda items: tuple(from_plain(items)),
     "$set": lambda items: set(from_plain(items)),
     "$dict": lambda pairs: {from_plain(key): from_plain(item) for key, item in pairs},

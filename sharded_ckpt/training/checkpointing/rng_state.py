@@ -5,7 +5,6 @@ A state belongs to one rank of a number of ranks; on another number it is not lo
 
 from __future__ import annotations
 
-import base64
 import logging
 import random
 from collections.abc import Mapping
@@ -134,8 +133,8 @@ def _collect() -> dict[str, Any]:
     return {
         "random_rng_state": to_plain(random.getstate()),
         "np_rng_state": to_plain((kind, [int(key) for key in keys], *rest)),
-        "torch_rng_state": _text(torch.get_rng_state()),
-        "accelerator_rng_state": None if device is None else _text(device.get_rng_state()),
+        "torch_rng_state": to_plain(torch.get_rng_state()),
+        "accelerator_rng_state": None if device is None else to_plain(device.get_rng_state()),
     }
 
 
@@ -149,13 +148,7 @@ def _parsed(rng_state: Any, where: str) -> dict[str, Any]:
             f"{where}: has no {', '.join(missing) if isinstance(states, Mapping) else 'states'}"
         )
     try:
-        kept = states["accelerator_rng_state"]
-        parsed = {
-            "random_rng_state": from_plain(states["random_rng_state"]),
-            "np_rng_state": from_plain(states["np_rng_state"]),
-            "torch_rng_state": _tensor(states["torch_rng_state"]),
-            "accelerator_rng_state": None if kept is None else _tensor(kept),
-        }
+        parsed = {name: from_plain(states[name]) for name in _NAMES}
         random.Random().setstate(parsed["random_rng_state"])
         np.random.RandomState().set_state(parsed["np_rng_state"])
         torch.Generator().set_state(parsed["torch_rng_state"])
@@ -169,13 +162,3 @@ def _accelerator() -> Any:
     device = torch.accelerator.current_accelerator(check_available=True)
     module = None if device is None else torch.get_device_module(device)
     return module if hasattr(module, "get_rng_state") else None
-
-
-def _text(state: torch.Tensor) -> str:
-    return base64.b64encode(state.cpu().numpy().tobytes()).decode("ascii")
-
-
-def _tensor(text: Any) -> torch.Tensor:
-    if not isinstance(text, str):
-        raise TypeError(f"expected base64, found {type(text).__name__}")
-    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8).clone()
