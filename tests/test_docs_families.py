@@ -20,6 +20,7 @@ FLOORS = {
     "no-op attention": 53,
     "no-op FFN": 53,
     "FFN width": 50,
+    "query heads": 48,
     "KV heads": 50,
     "cached decode": 51,
     "padded batch": 51,

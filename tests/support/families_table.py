@@ -20,6 +20,7 @@ END = "<!-- end of the table -->\n"
 
 CELLS = {
     "FFN width": ("ffn_width", "expert_width"),
+    "query heads": ("query_heads",),
     "KV heads": ("kv_heads",),
     "experts": ("experts",),
     "no-op attention": ("no_op_attention",),
