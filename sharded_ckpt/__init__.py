@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sharded_ckpt.children import init_child_from_parent as init_child_from_parent
     from sharded_ckpt.config import load_model_config as load_model_config
     from sharded_ckpt.distribute.verbs import load_state_dict_to_shards as load_state_dict_to_shards
+    from sharded_ckpt.launch import run_on_ranks as run_on_ranks
     from sharded_ckpt.loading.report import LoadReport as LoadReport
     from sharded_ckpt.loading.verbs import is_in_safetensors_format as is_in_safetensors_format
     from sharded_ckpt.loading.verbs import load_and_shard_model as load_and_shard_model
@@ -42,6 +43,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "children": ("init_child_from_parent",),
         "config": ("load_model_config",),
         "distribute.verbs": ("load_state_dict_to_shards",),
+        "launch": ("run_on_ranks",),
         "loading.report": ("LoadReport",),
         "loading.verbs": ("is_in_safetensors_format", "load_and_shard_model", "load_sharded_state_dict"),
         "model": ("create_local_shard_", "create_sharded_model"),

@@ -15,7 +15,7 @@ HEAVY = ("torch", "transformers", "numpy", "safetensors", "huggingface_hub", "ac
 LAYERS: list[tuple[str, ...]] = [
     ("patchers",),
     ("sharded_ckpt.errors", "sharded_ckpt.checkpoint"),
-    ("collective", "runtime"),  # how a process stands to the others
+    ("collective", "runtime", "local_ranks", "launch"),  # how a process stands to the others
     ("ownership", "surgery", "config", "model", "ties"),  # one rank's model, before it has weights
     ("progress", "loading", "distribute", "saving", "offload"),  # weights in and out
     ("children", "pipeline", "training"),

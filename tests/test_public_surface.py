@@ -20,7 +20,8 @@ FamilyError LoadReport MissingKeysError OwnershipError OwnershipPlan PartialMode
 PipelineStage Runtime
 ShardedCkptError create_local_shard_ create_sharded_model default_runtime init_child_from_parent
 is_in_safetensors_format load_and_shard_model load_model_config load_sharded_state_dict
-load_state_dict_to_shards plan_ownership save_sharded_checkpoint save_sharded_model set_submodule"""
+load_state_dict_to_shards plan_ownership run_on_ranks
+save_sharded_checkpoint save_sharded_model set_submodule"""
 
 SIGNATURES = {
     "create_local_shard_": ["model", "owned_block_indexes", "descriptor", "runtime"],

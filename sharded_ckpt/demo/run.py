@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sharded_ckpt.local_ranks import Place, on_ranks
+
 from .job import Job
 from .pruning import Pruning
-from .ranks import Place, on_ranks
 from .results import DemoResult, ModelResult, RankResult, ShardResult, StepResult
 from .text import PROMPT
 from .variant import Dropped, variant_folder

@@ -7,11 +7,7 @@ Importing this module imports torch and transformers; the rank's clock starts be
 from __future__ import annotations
 
 import gc
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,15 +16,16 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from patchers.descriptor import ModelDescriptor
 from sharded_ckpt.config import load_model_config
+from sharded_ckpt.launch import process_group, share_cores
 from sharded_ckpt.loading.report import LoadReport
 from sharded_ckpt.loading.verbs import load_and_shard_model
+from sharded_ckpt.local_ranks import Place
 from sharded_ckpt.pipeline import PipelineStage
 from sharded_ckpt.runtime import Runtime, default_runtime
 
 from .comparison import compare_with_files
 from .job import Job
 from .memory import forget_peak_memory, peak_memory
-from .ranks import Place
 from .results import RankResult, ShardResult, StepResult
 from .round_trip import make, reload, save
 from .text import PARAGRAPH, PROMPT
@@ -45,12 +42,12 @@ def work(place: Place, job: Job, began: float) -> RankResult:
         began: When this rank began, by `time.perf_counter`.
     """
     members = range(place.world_size - 1)
-    _share_cores(place.world_size)
+    share_cores(place.world_size)
     descriptor = ModelDescriptor.from_config(load_model_config(job.parent))  # imports the family's modules
     tokenizer = AutoTokenizer.from_pretrained(job.parent)
     shards: list[ShardResult] = []
     steps: list[StepResult] = []
-    with _process_group(place):
+    with process_group(place, "gloo"):
         everyone = default_runtime(device="cpu", timeout=place.timeout)
         group = dist.new_group(list(members))
         everyone.control.gather(None, "meeting after the imports")
@@ -73,28 +70,6 @@ def _models(
     result, shard = _examine(job.child, descriptor, tokenizer, runtime)
     saved = save(shard, job.saved, runtime)
     return [*shards, result], [made, saved] if runtime.is_main_process else []
-
-
-def _share_cores(world_size: int) -> None:
-    # The ranks run in turns, so each could take all cores; but idle OpenMP threads spin, and where anything
-    # else wants the cores, that makes the turns several times longer.
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // world_size))
-
-
-@contextmanager
-def _process_group(place: Place) -> Iterator[None]:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{place.meeting}",
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=timedelta(seconds=place.timeout),
-    )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 class _Memory:

@@ -1,4 +1,4 @@
-"""What the ranks of `test_demo_ranks.py` do. Their processes import this module, so it is a light one."""
+"""What the ranks of `test_local_ranks.py` do. Their processes import this module, so it is a light one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from patchers.errors import CollectiveError
-from sharded_ckpt.demo.ranks import Place, on_ranks
+from sharded_ckpt.local_ranks import Place, on_ranks
 
 
 def tell(place: Place, *arguments: Any) -> tuple[int, int, tuple[Any, ...]]:

@@ -176,11 +176,13 @@ def _serve(
     os.dup2(output, 2)
     try:
         pipe.send(_Done(work(place, *arguments)))
+        return
     except CollectiveError as error:
         pipe.send(_Failure(str(error), names_ranks=True))
     except Exception as error:
         traceback.print_exc()
         pipe.send(_Failure(f"{type(error).__name__}: {error}"))
+    time.sleep(2 * _GRACE)  # leaving now would cut connections, and the others would report that, too
 
 
 def _follow_parent() -> None:

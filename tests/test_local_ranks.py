@@ -1,4 +1,4 @@
-"""The demo's ranks: processes that all answer, or all end with a reason, and never outlive their parent."""
+"""Ranks on one machine: processes that all answer, or end with a reason, and never outlive their parent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from support import rank_work
 
 from patchers.errors import CollectiveError
-from sharded_ckpt.demo.ranks import on_ranks
+from sharded_ckpt.local_ranks import on_ranks
 
 
 def is_alive(pid: int) -> bool:
