@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 from support.families_table import DOCUMENT, count, document, rows_of
 
@@ -30,9 +28,3 @@ FLOORS = {
 @pytest.mark.parametrize("cell", FLOORS)
 def test_as_many_families_as_promised_can_do_it(cell: str) -> None:
     assert count(cell, rows_of(DOCUMENT.read_text())) >= FLOORS[cell]
-
-
-def test_examples_run() -> None:
-    failed, tried = doctest.testfile(str(DOCUMENT), module_relative=False, optionflags=doctest.ELLIPSIS)
-    assert tried
-    assert not failed
