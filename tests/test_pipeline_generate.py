@@ -22,7 +22,7 @@ from transformers import (
 from transformers.generation import BaseStreamer
 
 from patchers.errors import CollectiveError, ConfigError
-from sharded_ckpt import Runtime, load_and_shard_model
+from sharded_ckpt import PipelineStage, Runtime, load_and_shard_model
 from sharded_ckpt.demo.tiny import tiny_folder
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -116,6 +116,18 @@ def refuse(checkpoint: Path) -> list[str]:
             stage_of(checkpoint).generate(PROMPTS, **{"max_new_tokens": 3, **options})
         texts.append(str(caught.value))
     return texts
+
+
+def test_what_a_tokenizer_returns_can_be_given_as_it_is(folder: Path) -> None:
+    stage = PipelineStage(load_and_shard_model("auto", heterogeneous_checkpoint(folder)))
+    options = {"attention_mask": torch.ones_like(PROMPTS), "max_new_tokens": 3, "do_sample": False}
+    tokens = stage.generate(PROMPTS, **options)
+    assert torch.equal(stage.generate(input_ids=PROMPTS, **options), tokens)
+    for both_or_none in ({"inputs": PROMPTS, "input_ids": PROMPTS}, {}):
+        with pytest.raises(
+            ConfigError, match=r"^generate takes prompts as its first argument or as input_ids"
+        ):
+            stage.generate(**both_or_none, **options)
 
 
 def test_what_a_pipeline_does_not_generate_is_refused_by_all_ranks(gloo: Gloo, folder: Path) -> None:

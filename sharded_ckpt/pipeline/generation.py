@@ -50,7 +50,7 @@ _MORE_THAN_IDS = (
 
 def generate(
     stage: PipelineStage,
-    inputs: torch.Tensor,
+    inputs: torch.Tensor | None,
     micro_batches: int | Sequence[int] | Literal["auto"],
     seed: int | None,
     options: Mapping[str, Any],
@@ -59,7 +59,8 @@ def generate(
     for name in _REFUSED:
         if options.get(name) is not None:
             raise ConfigError(f"{name} cannot be given to a pipeline's generate: it {_REFUSED[name]}")
-    given, options = _expanded(stage, inputs, options)
+    prompts, options = _prompts(inputs, options)
+    given, options = _expanded(stage, prompts, options)
     generator = None if seed is None else torch.Generator(stage.runtime.device).manual_seed(seed)
     batch, length = given["input_ids"].shape
     if isinstance(micro_batches, str):
@@ -72,6 +73,15 @@ def generate(
         parts = _prepared(stage, given, [sum(rows)], options, generator)
     stream = Stream(options["streamer"], given["input_ids"])
     return decode(parts, stage, stream)
+
+
+def _prompts(inputs: torch.Tensor | None, options: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Return the prompts, whichever way they were given, and the other options."""
+    by_name = options.get("input_ids")
+    prompts = inputs if by_name is None else by_name
+    if prompts is None or (inputs is not None and by_name is not None):
+        raise ConfigError("generate takes prompts as its first argument or as input_ids: give one of them")
+    return prompts, {name: value for name, value in options.items() if name != "input_ids"}
 
 
 def _expanded(

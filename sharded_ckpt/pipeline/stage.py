@@ -140,7 +140,7 @@ class PipelineStage:
 
     def generate(
         self,
-        inputs: torch.Tensor,
+        inputs: torch.Tensor | None = None,
         *,
         micro_batches: int | Sequence[int] | Literal["auto"] = 1,
         seed: int | None = None,
@@ -151,7 +151,8 @@ class PipelineStage:
         The last stage chooses the tokens, with transformers' own logits processors and stopping criteria.
 
         Args:
-            inputs: `input_ids` `(batch, tokens)`; shorter prompts are padded on the left.
+            inputs: `input_ids` `(batch, tokens)`; shorter prompts are padded on the left. By that name, too:
+                `generate(**tokenizer(text, return_tensors="pt"))`.
             micro_batches: Into how many parts the batch is cut so that all stages work at once, the number of
                 rows of each, or "auto": the cut whose steps are the fastest, by measuring some first.
             seed: For sampling; by default the last rank's default generator goes on.
