@@ -10,7 +10,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,16 +105,10 @@ def run_bash(block: Block, folder: Path) -> str:
     return _shell(block.code, folder, check=True)
 
 
-def run_under_torchrun(places: Mapping[Path, Block], folder: Path) -> str:
-    """Run each script on the same two ranks, each in a folder of its own; returns what they print.
-
-    One after the other in one process a rank, so that torch and transformers are imported once.
-    """
-    scripts = [(str(place), f"{block}", block.code) for place, block in places.items()]
-    driver = f"import os\nfor place, name, code in {scripts!r}:\n"
-    driver += "    os.chdir(place)\n    exec(compile(code, name, 'exec'), {'__name__': '__main__'})\n"
-    (folder / "driver.py").write_text(driver, encoding="utf-8")
-    return _shell("torchrun --standalone --nproc-per-node 2 driver.py", folder, check=True)
+def run_under_torchrun(block: Block, folder: Path) -> str:
+    """Run a script on two ranks in a folder; it must succeed. Returns what it prints."""
+    (folder / "script.py").write_text(block.code, encoding="utf-8")
+    return _shell("torchrun --standalone --nproc-per-node 2 script.py", folder, check=True)
 
 
 def _typed(command: str) -> str:
