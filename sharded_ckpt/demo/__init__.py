@@ -4,6 +4,16 @@ from .run import run_demo
 from .smollm2 import smollm2_folder
 from .text import PARAGRAPH, PROMPT
 from .tiny import tiny_folder
+from .weights import Weights, find_weights
 from .wheel import WeightsUnavailableError
 
-__all__ = ["PARAGRAPH", "PROMPT", "WeightsUnavailableError", "run_demo", "smollm2_folder", "tiny_folder"]
+__all__ = [
+    "PARAGRAPH",
+    "PROMPT",
+    "Weights",
+    "WeightsUnavailableError",
+    "find_weights",
+    "run_demo",
+    "smollm2_folder",
+    "tiny_folder",
+]
