@@ -207,9 +207,9 @@ def test_a_huge_header_is_read_in_bounded_time_and_memory() -> None:
     rows = {name: ("U8", [1], [i, i + 1]) for i, name in enumerate(names)}
     raw = file_bytes(header_json(rows), bytes(len(names)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(read(raw).tensors) == len(names)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
 
 
@@ -221,9 +221,9 @@ def test_the_largest_header_is_read_in_bounded_time_and_memory() -> None:
     assert 95_000_000 < len(header) < 100_000_000
     raw = file_bytes(header, bytes(count))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.perf_counter()
+    started = time.process_time()
     assert len(read(raw).tensors) == count
-    assert time.perf_counter() - started < 30
+    assert time.process_time() - started < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_200_000  # KiB
 
 

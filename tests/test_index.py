@@ -407,10 +407,10 @@ def test_ten_thousand_shards_and_two_hundred_thousand_keys_take_a_second() -> No
     files = [f"model-{i:05d}-of-10000.safetensors" for i in range(10_000)]
     weight_map = {f"model.layers.{i}.mlp.experts.7.up_proj.weight": files[i % 10_000] for i in range(200_000)}
     raw = json.dumps({"weight_map": weight_map}).encode()
-    started = time.perf_counter()
+    started = time.process_time()
     index = parse_index(raw, location="ckpt", file=INDEX_FILE)
     groups = index.by_file(list(weight_map)[::2])
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert len(index.files) == 10_000
     assert sum(map(len, groups.values())) == 100_000
 

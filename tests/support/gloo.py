@@ -279,6 +279,7 @@ def _join_group(rank: int, world_size: int, timeout: float, store: str, folder: 
     if store == "tcp":
         where = {"store": _tcp_store(rank, Path(folder) / "port", limit)}
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=limit, **where)
+    dist.barrier()  # a rank with nothing to do would be gone before the others are connected to it
 
 
 def _tcp_store(rank: int, note: Path, limit: timedelta) -> Any:
