@@ -79,13 +79,16 @@ def carried_names(source: TensorSource) -> list[str]:
     return [name for name in names if _fits(name, patterns)] + _more_templates(source)
 
 
-def carry_files(save: Transaction, source: TensorSource, *, but: Collection[str] = ()) -> list[str]:
+def carry_files(
+    save: Transaction, source: TensorSource, *, but: Collection[str] = (), folder: str = ""
+) -> list[str]:
     """Copy into a save what it takes over from a checkpoint; one rank does so.
 
     Args:
         save: The save, while it is prepared.
         source: The checkpoint. What is not on this machine is downloaded.
         but: Names that the save writes itself.
+        folder: Where in the save they go, if not at its top: a path that ends in `/`.
 
     Returns:
         The names of the copied files.
@@ -93,7 +96,7 @@ def carry_files(save: Transaction, source: TensorSource, *, but: Collection[str]
     names = [name for name in carried_names(source) if name not in but]
     source.ensure(names)
     for name in names:
-        save.copy(source.local_path(name), name)
+        save.copy(source.local_path(name), f"{folder}{name}")
     return names
 
 

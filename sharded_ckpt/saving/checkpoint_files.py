@@ -186,13 +186,14 @@ class CheckpointFiles:
         carried = None if source is None or _is_at(source, target) else source
         return cls(raw, generation, carried, silent_warning(raw, target))
 
-    def write(self, save: Transaction) -> None:
-        """Put them into a save."""
-        save.write_json("config.json", self.config)
+    def write(self, save: Transaction, folder: str = "") -> None:
+        """Put them into a save, in a folder of it (which ends in `/`)."""
+        save.write_json(f"{folder}config.json", self.config)
         if self.generation_config is not None:
-            save.write_bytes(GENERATION_CONFIG, self.generation_config.encode())
+            save.write_bytes(f"{folder}{GENERATION_CONFIG}", self.generation_config.encode())
         if self.source is not None:
-            carry_files(save, self.source, but=[GENERATION_CONFIG] if self.generation_config else [])
+            but = [GENERATION_CONFIG] if self.generation_config else []
+            carry_files(save, self.source, but=but, folder=folder)
 
 
 def _open_source(request: Request) -> TensorSource | None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchers.errors import ConfigError
-from patchers.names import fold
 from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.checkpoint.publish import transaction
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from patchers.deci_x import BlockConfigs
     from patchers.dialects import Dialect
     from sharded_ckpt.runtime import Runtime
-    from sharded_ckpt.saving.shared_tensors import Division
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +76,7 @@ def save_sharded_model(
         ['model-00001-of-00001.safetensors', 'model.safetensors.index.json']
     """
     from sharded_ckpt.runtime import as_runtime
+    from sharded_ckpt.saving.prepared import untied_text
     from sharded_ckpt.saving.saved_tensors import SavedTensors, in_files
 
     control = as_runtime(runtime).control
@@ -95,7 +94,7 @@ def save_sharded_model(
         logger.warning(
             "%s: %s; the config.json beside them should say tie_word_embeddings: false, as "
             "save_sharded_checkpoint writes it",
-            *(out_path, _untied_text(division)),
+            *(out_path, untied_text(division)),
         )
 
 
@@ -157,31 +156,28 @@ def save_sharded_checkpoint(
         ['config.json', 'generation_config.json']
     """
     from sharded_ckpt.runtime import as_runtime
-    from sharded_ckpt.saving.checkpoint_files import CheckpointFiles, Request
-    from sharded_ckpt.saving.saved_tensors import SavedTensors, in_files
+    from sharded_ckpt.saving.prepared import PreparedCheckpoint
+    from sharded_ckpt.saving.saved_tensors import in_files
 
     control = as_runtime(runtime).control
     with together(control, f"preparing to save to {checkpoint_dir}"):
         directory = _directory(checkpoint_dir)
-        request = Request.of(model_shard, config, block_configs, dialect, source)
-        request.check_built()
-        mine = SavedTensors.of(model_shard, request.ties)
-    shares, division = mine.divide(control, directory)
-    request.agree(control)
-    files = None
-    with together(control, f"preparing the config of {directory}"):
-        if control.rank == 0:
-            files = CheckpointFiles.of(request, shares, untied=bool(division.untied), target=directory)
+    prepared = PreparedCheckpoint.gather(
+        model_shard,
+        directory,
+        control,
+        config=config,
+        block_configs=block_configs,
+        dialect=dialect,
+        source=source,
+    )
     plan = {"max_shard_size": max_shard_size}
     with transaction(
         directory, control, durable=durable, manifest=manifest, overwrite=overwrite, plan=plan
     ) as save:
-        own = mine.written_by(control.rank, division)
-        save.write_tensors(in_files(model_shard, own), max_shard_size=max_shard_size)
-        if files is not None:
-            files.write(save)
-    if files is not None:
-        _warn(directory, division, files.warning)
+        save.write_tensors(in_files(model_shard, prepared.tensors), max_shard_size=max_shard_size)
+        prepared.write_files(save)
+    prepared.warn()
 
 
 def _directory_and_stem(out_path: Any) -> tuple[Path, str]:
@@ -211,16 +207,3 @@ def _directory(checkpoint_dir: Any) -> Path:
             "weights alone with save_sharded_model"
         )
     return path
-
-
-def _untied_text(division: Division) -> str:
-    pairs = [f"{target} and {source}" for target, source in division.untied.items()]
-    return f"{fold(pairs)} are tied by the config, but hold different values: both were written"
-
-
-def _warn(directory: Path, division: Division, silent: str | None) -> None:
-    if division.untied:
-        text = _untied_text(division)
-        logger.warning("%s: %s, and config.json says tie_word_embeddings: false", directory, text)
-    if silent:
-        logger.warning("%s", silent)

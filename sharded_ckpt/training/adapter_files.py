@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from patchers.errors import ConfigError
 from sharded_ckpt.checkpoint.coordinator import Coordinator, together
-from sharded_ckpt.checkpoint.publish import transaction
+from sharded_ckpt.checkpoint.publish import Transaction, transaction
 from sharded_ckpt.checkpoint.reader import open_checkpoint
 from sharded_ckpt.checkpoint.tensors import torch_dtype
 from sharded_ckpt.checkpoint.writer import describe
@@ -59,20 +60,51 @@ def save_adapter(
         CollectiveError: In place of these on all ranks, when some of several failed.
     """
     control = as_runtime(runtime).control
-    with together(control, f"preparing to save an adapter to {directory}"):
-        state = _adapter_state(model)
-        tensors: dict[str, Tensor] = state.state_dict()
-        said = next(filter(None, map(adapter_config, state.model)), None) if config is None else dict(config)
-    config = _agreed_config(said, control)
-    tensors = whole_tensors(tensors, control, directory)
-    with together(control, f"preparing to save an adapter to {directory}"):
-        mine = SavedTensors.named(tensors, None, {})
-    _, division = mine.divide(control, directory)
-    tensors = _on_rank_0(mine.written_by(control.rank, division), control)
+    prepared = PreparedAdapter.gather(model, control, config=config, where=directory)
     with transaction(directory, control, durable=durable, overwrite=overwrite) as save:
-        if control.rank == 0:
-            save.write_file(WEIGHTS_FILE, tensors)
-            save.write_json(CONFIG_FILE, config)
+        prepared.write(save)
+
+
+@dataclass(frozen=True)
+class PreparedAdapter:
+    """An adapter, ready to be written by rank 0, which has all of it.
+
+    Attributes:
+        tensors: By the names that peft gives them in its files; on other ranks there are none.
+        config: The content of adapter_config.json; None on other ranks.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any] | None
+
+    @classmethod
+    def gather(
+        cls,
+        model: ModelState | nn.Module | Sequence[nn.Module],
+        control: Coordinator,
+        *,
+        config: Mapping[str, Any] | None = None,
+        where: object = "a directory",
+    ) -> PreparedAdapter:
+        """Bring the adapter to rank 0; collective. See `save_adapter` for arguments and errors."""
+        with together(control, f"preparing to save an adapter to {where}"):
+            state = _adapter_state(model)
+            tensors: dict[str, Tensor] = state.state_dict()
+            said = next(filter(None, map(adapter_config, state.model)), None)
+            said = said if config is None else dict(config)
+        agreed = _agreed_config(said, control)
+        tensors = whole_tensors(tensors, control, where)
+        with together(control, f"preparing to save an adapter to {where}"):
+            mine = SavedTensors.named(tensors, None, {})
+        _, division = mine.divide(control, where)
+        tensors = _on_rank_0(mine.written_by(control.rank, division), control)
+        return cls(tensors, agreed if control.rank == 0 else None)
+
+    def write(self, save: Transaction, folder: str = "") -> None:
+        """Put it into a save, in a folder of it (which ends in `/`)."""
+        if self.config is not None:
+            save.write_file(f"{folder}{WEIGHTS_FILE}", self.tensors)
+            save.write_json(f"{folder}{CONFIG_FILE}", self.config)
 
 
 def load_adapter(
@@ -107,7 +139,7 @@ def load_adapter(
     return FillReport(filled, missing, unexpected, weights.plan.cast)
 
 
-def _adapter_state(model: ModelState | nn.Module) -> ModelState:
+def _adapter_state(model: ModelState | nn.Module | Sequence[nn.Module]) -> ModelState:
     if not isinstance(model, ModelState):
         return ModelState(model, is_peft=True)
     if not model.is_peft:

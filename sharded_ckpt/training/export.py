@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from patchers.errors import ConfigError
-from sharded_ckpt.checkpoint.coordinator import together
+from sharded_ckpt.checkpoint.coordinator import Coordinator, together
 from sharded_ckpt.runtime import as_runtime
 from sharded_ckpt.saving.saved_tensors import in_files, unwrapped
 from sharded_ckpt.saving.verbs import save_sharded_checkpoint
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def export_checkpoint(
     directory: str | os.PathLike[str],
-    model: nn.Module | list[nn.Module],
+    model: nn.Module | Sequence[nn.Module],
     *,
     transforms: StateDictTransforms | None = None,
     config: PreTrainedConfig | None = None,
@@ -70,19 +70,7 @@ def export_checkpoint(
         torch.bfloat16
     """
     control = as_runtime(runtime).control
-    transforms = transforms or StateDictTransforms()
-    with together(control, f"preparing the export to {directory}"):
-        wrapper = ModelWrapper(model, transforms=transforms)
-        native = _native(wrapper.model[0])
-        config = config if config is not None else getattr(native, "config", None)
-        if config is None:
-            raise ConfigError(
-                f"a {type(native).__name__} has no config, which a checkpoint needs: pass config=…"
-            )
-        state = without_extra_state(wrapper.state_dict(StateDictMode.FULL))
-    whole = whole_tensors(state, control, directory)
-    with together(control, f"preparing the export to {directory}"):
-        exported = _exported(native, transforms, whole)
+    exported, config = exported_state(model, control, transforms=transforms, config=config, where=directory)
     save_sharded_checkpoint(
         exported,
         directory,
@@ -94,6 +82,34 @@ def export_checkpoint(
         manifest=manifest,
         overwrite=overwrite,
     )
+
+
+def exported_state(
+    model: nn.Module | Sequence[nn.Module],
+    control: Coordinator,
+    *,
+    transforms: StateDictTransforms | None = None,
+    config: PreTrainedConfig | None = None,
+    where: object = "a checkpoint",
+) -> tuple[dict[str, Any], PreTrainedConfig]:
+    """Return what this rank exports of the model, as it is in files, and the config; collective.
+
+    Raises:
+        ConfigError: The model has no config, and none was given.
+    """
+    transforms = transforms or StateDictTransforms()
+    with together(control, f"preparing the export to {where}"):
+        wrapper = ModelWrapper(model, transforms=transforms)
+        native = _native(wrapper.model[0])
+        config = config if config is not None else getattr(native, "config", None)
+        if config is None:
+            raise ConfigError(
+                f"a {type(native).__name__} has no config, which a checkpoint needs: pass config=…"
+            )
+        state = without_extra_state(wrapper.state_dict(StateDictMode.FULL))
+    whole = whole_tensors(state, control, where)
+    with together(control, f"preparing the export to {where}"):
+        return _exported(native, transforms, whole), config
 
 
 def _exported(

@@ -13,7 +13,7 @@ import copy
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -31,7 +31,7 @@ from sharded_ckpt.training.host_buffers import HostBuffers
 from sharded_ckpt.training.model_state import ModelState
 from sharded_ckpt.training.optimizer_state import OptimizerState
 from sharded_ckpt.training.optimizer_table import OptimizerTable, merge
-from sharded_ckpt.training.writer_process import Groups, write_groups
+from sharded_ckpt.training.tensor_groups import Export, TensorWriter, write_groups
 
 if TYPE_CHECKING:
     from sharded_ckpt.runtime import Runtime
@@ -85,6 +85,7 @@ class StagedState:
         optim: The tensors of the optimizers that this rank writes.
         table: What the optimizers of all ranks keep besides, on the rank that writes it.
         info: The content of training_state.json, on the rank that writes it.
+        export: What is written beside it for others, if anything.
         write_tensors: What brings the tensors into a save.
     """
 
@@ -92,7 +93,8 @@ class StagedState:
     optim: Mapping[str, Tensor]
     table: Mapping[str, Any] | None
     info: Mapping[str, Any] | None
-    write_tensors: Callable[[Transaction, Groups, int | str | None], None] = write_groups
+    export: Export | None = None
+    write_tensors: TensorWriter = write_groups
 
     @classmethod
     def gather(
@@ -174,6 +176,12 @@ class StagedState:
             save.write_json(OPTIMIZER_FILE, self.table)
         if self.info is not None:
             save.write_json(STATE_FILE, self.info)
+        if self.export is not None:
+            self.export.write(save, self.write_tensors, max_shard_size)
+
+    def with_export(self, export: Export | None) -> StagedState:
+        """Return the same with something that is written beside it for others."""
+        return replace(self, export=export)
 
     def snapshot(self, buffers: HostBuffers | None = None) -> StagedState:
         """Return a copy in host memory, for a save that goes on while training does.
@@ -181,9 +189,12 @@ class StagedState:
         Args:
             buffers: The memory, whose copies of the save before are overwritten; new memory by default.
         """
-        copies = (buffers or HostBuffers()).copy({"model": self.model, "optim": self.optim})
+        exported = self.export.tensors if self.export else {}
+        groups = {"model": self.model, "optim": self.optim, "export": exported}
+        copies = (buffers or HostBuffers()).copy(groups)
         table, info = copy.deepcopy((self.table, self.info))
-        return replace(self, model=copies["model"], optim=copies["optim"], table=table, info=info)
+        export = self.export.with_tensors(copies["export"]) if self.export else None
+        return StagedState(copies["model"], copies["optim"], table, info, export, self.write_tensors)
 
 
 def save_training_state(

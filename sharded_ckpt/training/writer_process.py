@@ -14,8 +14,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -24,19 +24,10 @@ from patchers.errors import CheckpointError
 from sharded_ckpt.checkpoint.contents import RankRecord
 from sharded_ckpt.checkpoint.transaction import Transaction
 from sharded_ckpt.training.host_buffers import HostBuffers
+from sharded_ckpt.training.tensor_groups import Groups, TensorWriter, write_groups
 
 _EXIT_SECONDS: Final = 10.0
 _LENGTH: Final = 8  # bytes before each message, which say how long it is
-
-
-Groups: TypeAlias = "Mapping[str, Mapping[str, Tensor]]"
-"""Tensors by the stem of their files, and by name."""
-
-
-def write_groups(save: Transaction, groups: Groups, max_shard_size: int | str | None) -> None:
-    """Write tensors into a save, here and now."""
-    for stem, tensors in groups.items():
-        save.write_tensors(tensors, stem, max_shard_size=max_shard_size)
 
 
 class WriterProcess:
@@ -46,7 +37,7 @@ class WriterProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
-    def writing(self, buffers: HostBuffers) -> Callable[[Transaction, Groups, int | str | None], None]:
+    def writing(self, buffers: HostBuffers) -> TensorWriter:
         """Return what stands in for `write_groups`, for tensors that are in shared buffers.
 
         It returns when everything is written.

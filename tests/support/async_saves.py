@@ -21,6 +21,7 @@ from sharded_ckpt.checkpoint.storage import LocalStorage
 from sharded_ckpt.runtime import default_runtime
 from sharded_ckpt.training import ModelState, OptimizerState, StagedState, load_training_state
 from sharded_ckpt.training.checkpointing import AsyncCallsQueue, AsyncRequest
+from sharded_ckpt.training.checkpointing.hf_export import HFExport
 from support.storages import WatchedStorage
 from support.training import adam_of, train
 
@@ -65,10 +66,12 @@ def request_for(
     queue: AsyncCallsQueue | None = None,
     storage: LocalStorage | None = None,
     finalizers: Sequence[Any] = (),
+    export: HFExport | None = None,
 ) -> AsyncRequest:
     """What `save_checkpoint` does, without its directories and trackers."""
     control = queue.control if queue else default_runtime().control
     staged = StagedState.gather(ModelState(training[0]), OptimizerState(*training), control)
+    staged = staged.with_export(export)
     staged = staged if queue is None else queue.snapshot(staged)
     stack = ExitStack()
     save = stack.enter_context(transaction(directory, control, durable=False, storage=storage))
