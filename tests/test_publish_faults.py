@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import killing, saving_ranks
 from support.checkpoints import files_in, fill, recovered_version, save_version, version_in
 from support.forks import run_apart
@@ -191,7 +192,10 @@ def test_every_operation_of_the_storage_is_put_to_the_test(tmp_path: Path) -> No
         seen.update(storage.log)
     with transaction(tmp_path / "x", storage=storage) as save:
         (save.path / "by_hand").write_text("")
-    seen.update(storage.log)
+    durable = WatchedStorage()
+    with transaction(tmp_path / "y", storage=durable) as save:
+        save.write_tensors({"large": torch.zeros(3 << 20)})
+    seen.update(storage.log, durable.log)
     assert seen == set(OPERATIONS)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -18,9 +20,10 @@ from safetensors.torch import load_file
 from support.storages import FaultyStorage, WatchedStorage
 
 from patchers.errors import CheckpointError, ConfigError
-from sharded_ckpt.checkpoint import layout, stream
+from sharded_ckpt.checkpoint import layout, pieces
 from sharded_ckpt.checkpoint.header import read_header
 from sharded_ckpt.checkpoint.layout import plan_file, plan_shards
+from sharded_ckpt.checkpoint.storage import LocalStorage
 from sharded_ckpt.checkpoint.writer import DTYPE_NAMES, LazyTensor, aliases, write_tensors
 
 DTYPES = [getattr(torch, name.split(".")[1]) for name in DTYPE_NAMES if name != "torch.float4_e2m1fn_x2"]
@@ -89,8 +92,8 @@ def test_tensors_that_are_not_plain_memory_are_written_as_they_read(tmp_path: Pa
 def test_large_strided_tensors_pass_through_a_small_buffer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "STAGING_BYTES", 1 << 12)
-    monkeypatch.setattr(stream, "CHUNK_BYTES", 3 << 12)
+    monkeypatch.setattr(pieces, "STAGING_BYTES", 1 << 12)
+    monkeypatch.setattr(pieces, "CHUNK_BYTES", 3 << 12)
     tensors = {
         "rows": torch.randn(300, 70).T,
         "long rows": torch.randn(4000, 3).T,
@@ -130,6 +133,60 @@ def test_two_threads_write_large_files(tmp_path: Path) -> None:
     assert done.sha256 == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
     assert done.file_size == os.path.getsize(tmp_path / "x.safetensors")
     assert done.tensors["t0"] == 12 << 20
+
+
+@pytest.mark.parametrize("way", ["past the page cache", "not durable", "no such way", "refused later"])
+def test_large_files_are_the_same_whichever_way_they_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    class Storage(WatchedStorage):
+        def bypass_cache(self, fd: int) -> bool:
+            self._enter("bypass_cache")
+            return way != "no such way" and LocalStorage.bypass_cache(self, fd)
+
+    real = os.pwritev
+
+    def pwritev(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if way == "refused later" and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, buffers[:1], offset)  # a short write is no error
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    tensors = {
+        "long": torch.randn(3 << 20),
+        "strided": torch.randn(1500, 1400).T,
+        **{f"small {i}": torch.randn(1001) for i in range(300)},
+        "empty": torch.zeros(0),
+        "odd": torch.arange(7, dtype=torch.uint8),
+    }
+    storage = Storage(durable=way != "not durable")
+    done = write_tensors(tmp_path / "x.safetensors", tensors, storage=storage, digest=True)
+    assert ("bypass_cache" in storage.log) is (way != "not durable")
+    read = load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    assert done.sha256 == hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+
+
+def test_whatever_fails_in_writing_a_large_file_is_raised(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(3 << 20), "b": torch.zeros(1001)}
+    log = WatchedStorage()
+    write_tensors(tmp_path / "x.safetensors", tensors, storage=log)
+    assert "bypass_cache" in log.log
+    for number in range(1, len(log.log) + 1):
+        storage = FaultyStorage(number, OSError(5, "Input/output error"))
+        with pytest.raises(OSError, match="Input/output error"):
+            write_tensors(tmp_path / f"{number}.safetensors", tensors, storage=storage)
+
+
+def test_an_invalid_write_that_the_page_cache_does_not_mend_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pwritev(fd: int, buffers: list[memoryview], offset: int) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    with pytest.raises(OSError, match="Invalid argument"):
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(3 << 20)})
 
 
 def test_an_error_on_one_thread_stops_the_other(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ OPERATIONS: Final = (
     "remove_directory",
     "create",
     "reserve",
+    "bypass_cache",
     "write",
     "start_writeback",
     "sync",
@@ -132,11 +133,30 @@ class LocalStorage:
             if error.errno not in UNSUPPORTED:
                 raise
 
+    def bypass_cache(self, fd: int) -> bool:
+        """Let the writes to a file go past the page cache from now on, if the file system can do that."""
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
+        except (AttributeError, OSError):  # no such flag on this system, or on this file system
+            return False
+        return True
+
     def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
-        """Write buffers one after the other, the first one at an offset in bytes."""
+        """Write buffers one after the other, the first one at an offset in bytes.
+
+        What cannot go past the page cache, such as an end of a file that is no whole block, goes through it.
+        """
         pending = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+        through_cache = False
         while pending:
-            written = os.pwritev(fd, pending[:_MAX_BUFFERS], offset)
+            try:
+                written = os.pwritev(fd, pending[:_MAX_BUFFERS], offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL or through_cache:
+                    raise
+                _use_cache(fd)
+                through_cache = True
+                continue
             offset += written
             while written:
                 step = min(written, len(pending[0]))
@@ -213,6 +233,11 @@ class LocalStorage:
     def unlink(self, path: PathLike) -> None:
         """Remove a name of a file, or a symbolic link."""
         os.unlink(path)
+
+
+def _use_cache(fd: int) -> None:
+    """Let the writes to a file go through the page cache again."""
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0))
 
 
 def _check(result: int, first: str, second: str | None = None) -> None:

@@ -1,8 +1,9 @@
 """Tensors straight from memory into safetensors files.
 
-The bytes of a file stream from where the tensors are: `pwrite` in chunks from two threads, each chunk handed
-to the disk as soon as it is complete, so that copying and writing back overlap. Nothing is serialised in
-memory; only what is not contiguous in host memory passes through a small staging buffer, piece by piece.
+The bytes of a file stream from where the tensors are, in chunks from two threads. A large file that must be
+on the disk at the end goes there past the page cache, through two buffers of a chunk each; any other from
+where the tensors are, and only what is not contiguous in host memory through a small staging buffer, piece by
+piece. Nothing is serialised in memory.
 
 Tensors are always written from memory, never copied from the file that they were mapped from: a change
 through `.data` or numpy leaves no trace that would tell that the file is out of date.
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING, Final
 from patchers.errors import CheckpointError
 from patchers.names import fold
 from sharded_ckpt.checkpoint.layout import TensorSpec, plan_file
+from sharded_ckpt.checkpoint.pieces import CHUNK_BYTES
 from sharded_ckpt.checkpoint.storage import LocalStorage, PathLike
-from sharded_ckpt.checkpoint.stream import CHUNK_BYTES, ByteStream
+from sharded_ckpt.checkpoint.stream import ByteStream
 
 if TYPE_CHECKING:
     import torch
