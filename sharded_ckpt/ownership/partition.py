@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -147,6 +147,15 @@ class _Row:
                 low = high if higher is None else higher
         return high
 
+    def _nearest(self, bound: int) -> list[int]:
+        """Return where each run begins at the earliest, if the runs after it keep to a bound; and the end."""
+        starts = [self.count]
+        for sums, limit in zip(reversed(self.sums), reversed(self.limits), strict=True):
+            end = starts[-1]
+            by_size = bisect_left(self.sizes, self.sizes[end] - limit)
+            starts.append(max(by_size, bisect_left(sums, sums[end] - bound)))
+        return starts[::-1]
+
     def _largest(self, ends: Sequence[int]) -> int:
         return max(sums[end] - sums[start] for sums, (start, end) in self._cut(ends))
 
@@ -155,15 +164,15 @@ class _Row:
 
     def most_even(self, bound: int) -> list[range]:
         """Cut with loads of at most `bound`, such that the sum of their squares is least."""
-        furthest = [0, *self.fill(bound)[0]]
+        nearest, furthest = self._nearest(bound), [0, *self.fill(bound)[0]]
         best: dict[int, tuple[int, int]] = {self.count: (0, 0)}  # by start: squares and empty runs to come
         choices: list[dict[int, int]] = []
         for run in reversed(range(len(self.sums))):
             sums, limit = self.sums[run], self.limits[run]
             following, best, choice = best, {}, {}
-            for start in range(furthest[run] + 1):
+            for start in range(nearest[run], furthest[run] + 1):
                 last = min(furthest[run + 1], bisect_right(self.sizes, self.sizes[start] + limit) - 1)
-                for end in range(start, last + 1):
+                for end in range(max(start, nearest[run + 1]), last + 1):
                     load = sums[end] - sums[start]
                     if load > bound:
                         break
