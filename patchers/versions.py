@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import warnings
+
+import transformers
 
 from patchers.errors import UntestedVersionWarning
 
@@ -15,7 +16,7 @@ TESTED_TRANSFORMERS = (5, 23)
 @functools.cache
 def warn_if_untested() -> None:
     """Warn once if the installed transformers is a newer minor version than any that was tested."""
-    installed = importlib.metadata.version("transformers")
+    installed = transformers.__version__
     if _minor(installed) > TESTED_TRANSFORMERS:
         tested = ".".join(map(str, TESTED_TRANSFORMERS))
         warnings.warn(

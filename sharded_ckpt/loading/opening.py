@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from patchers.errors import CheckpointError
+from sharded_ckpt.checkpoint.garbage import paused_collection
 from sharded_ckpt.checkpoint.workspace import unfinished
 from sharded_ckpt.loading.loader import ShardLoader
 from sharded_ckpt.loading.options import LoadOptions
@@ -32,7 +33,8 @@ def open_loader(
         _refuse_half_saved(folder)
         loader = ShardLoader(reader, options, runtime)
         try:
-            loader.prepare()
+            with paused_collection():
+                loader.prepare()
             if unfinished(folder) is None:
                 return loader
         except CheckpointError:
