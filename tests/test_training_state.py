@@ -20,7 +20,7 @@ from support.training import adam_of, gradient, same_values, state_by_name, trai
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError, CollectiveError, ConfigError
@@ -232,6 +232,40 @@ def spread_through_torch(out: str) -> list[str]:
 
 def test_torchs_own_checkpoints_take_and_fill_what_fsdp_has_spread(gloo, tmp_path):
     assert gloo.run_ok(spread_through_torch, str(tmp_path / "dcp")) == [[], []]
+
+
+class Experts(nn.Module):
+    """A router that every rank has, and experts of which each rank may have its own."""
+
+    def __init__(self, router: torch.Tensor, experts: torch.Tensor) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Parameter(router), nn.Parameter(experts)
+
+
+def experts_over_ranks(out: str) -> Any:
+    """Two ranks with two experts each: as plain tensors, and declared as parts of one tensor."""
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+    values = torch.arange(4 * 3 * 2.0).reshape(4, 3, 2)
+    mine = values[2 * rank : 2 * rank + 2].clone()
+    text = r"experts: different values on rank 0-1\..* its own experts, say so: DTensor\.from_local"
+    with pytest.raises(CollectiveError, match=text):
+        save_training_state(out, Experts(torch.ones(4), mine), durable=False)
+    declared = Experts(torch.ones(4), DTensor.from_local(mine, mesh, [Shard(0)]))
+    optimizer = adam_of(declared)
+    declared.router.grad, declared.experts.grad = torch.ones(4), declared.experts.detach().clone()
+    optimizer.step()
+    save_training_state(out, declared, OptimizerState(declared, optimizer), durable=False)
+    together = Experts(torch.zeros(4), torch.zeros(4, 3, 2))
+    resumed = adam_of(together)
+    load_training_state(out, together, OptimizerState(together, resumed))
+    expected = state_by_name(declared, optimizer)
+    expected = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in expected.items()}
+    return same_values(state_by_name(together, resumed), expected)
+
+
+def test_experts_of_several_ranks_are_saved_whole_once_they_are_declared(gloo, tmp_path):
+    assert gloo.run_ok(experts_over_ranks, str(tmp_path / "ckpt")) == [[], []]
+    assert load_file(next((tmp_path / "ckpt" / "model").glob("*.safetensors")))
 
 
 def meshes_apart(out: str) -> Any:

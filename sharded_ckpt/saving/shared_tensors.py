@@ -153,7 +153,8 @@ class Shares:
             texts = "; ".join(f"{fold(names)}: {text}" for text, names in unlike.items())
             raise CheckpointError(
                 f"ranks have tensors of one name that are not the same: {texts}. A tensor belongs to one "
-                "rank, or must be equal on all that have it"
+                "rank, or must be equal on all that have it. Where each rank holds its part of a larger one, "
+                "such as its own experts, say so: DTensor.from_local(part, mesh, [Shard(0)])"
             )
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from patchers.errors import CheckpointError, ConfigError, MissingKeysError
+from patchers.errors import CheckpointError, MissingKeysError
 from patchers.names import fold, fold_indices
 from sharded_ckpt.checkpoint.coordinator import Coordinator
 from sharded_ckpt.checkpoint.layout import TensorSpec
 from sharded_ckpt.checkpoint.writer import DTYPE_NAMES
+from sharded_ckpt.training.choice import choice_of
 from sharded_ckpt.training.places import is_extra_state
 
 if TYPE_CHECKING:
@@ -53,11 +54,7 @@ class StrictHandling(Enum):
         Raises:
             ConfigError: There is no such mode.
         """
-        try:
-            return cls(mode)
-        except ValueError:
-            known = ", ".join(member.value for member in cls)
-            raise ConfigError(f"strictness is {mode!r}; it must be one of {known}") from None
+        return choice_of(cls, mode, "strictness")
 
     @property
     def raises_on_missing(self) -> bool:

@@ -16,6 +16,7 @@ import torch
 
 from patchers.errors import CheckpointError, ConfigError
 from patchers.names import fold
+from sharded_ckpt.training.choice import choice_of
 
 StateDict = dict[str, Any]
 
@@ -41,11 +42,7 @@ class StateDictMode(str, Enum):
         Raises:
             ConfigError: There is no such mode.
         """
-        try:
-            return cls(mode)
-        except ValueError:
-            known = ", ".join(member.value for member in cls)
-            raise ConfigError(f"the mode of a state dict is {mode!r}; it must be one of {known}") from None
+        return choice_of(cls, mode, "the mode of a state dict")
 
 
 class BaseStateDictAdapter(ABC):
