@@ -12,7 +12,7 @@ from patchers.deci_x import blocks_of
 from patchers.dialects import read_block_configs
 from patchers.errors import CheckpointNotFoundError, ConfigError
 from patchers.families import NATIVE_FAMILY
-from sharded_ckpt.checkpoint.source import TensorSource, open_source, read_json
+from sharded_ckpt.checkpoint.source import TensorSource, open_source, read_config
 
 _NOT_THE_NATIVE_CLASS = ("model_type", "auto_map", "architectures", "transformers_version", "_name_or_path")
 _PER_BLOCK = {"intermediate_size": "ffn", "num_key_value_heads": "attention"}
@@ -55,7 +55,7 @@ def load_model_config(
         raise CheckpointNotFoundError(
             f"{source.location} has no config.json; pass model_config=… if you have one"
         )
-    config = native_config(read_json(source, "config.json"), source, trust_remote_code)
+    config = native_config(read_config(source), source, trust_remote_code)
     blocks_of(config)  # a config that contradicts itself is better refused here than in the middle of a build
     return config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -104,9 +105,7 @@ def default_runtime(
     Raises:
         ConfigError: LOCAL_RANK has no accelerator.
     """
-    import torch
-
-    where = torch.device(device) if device is not None else _default_device()
+    where = usable_device(device) if device is not None else _default_device()
     rank, size = _place(process_group)
     return Runtime(
         where,
@@ -162,6 +161,27 @@ def as_runtime(obj: Any = None) -> Runtime:
     )
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """Return a device, if this process can put a tensor there.
+
+    Raises:
+        ConfigError: It is no device, or this machine or this build of torch has none of that kind.
+    """
+    import torch
+
+    try:
+        found = torch.device(device)
+        if found.type not in ("cpu", "meta"):
+            torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used here: {reason}; leave device out to take an accelerator "
+            'where there is one, or pass "cpu"'
+        ) from error
+    return found
+
+
 def _integer(obj: Any, name: str) -> int:
     value = getattr(obj, name)
     try:
@@ -176,8 +196,20 @@ def _place(group: ProcessGroup | None) -> tuple[int, int]:
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
+        _warn_of_others()
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
+
+
+def _warn_of_others() -> None:
+    """Warn where a launcher has started several processes, each of which takes itself for the only one."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and count not in ("0", "1"):
+        warnings.warn(
+            f"{count} processes were started (WORLD_SIZE), but torch.distributed is not initialised, so each "
+            "of them works for itself, with all blocks: call torch.distributed.init_process_group() first",
+            stacklevel=2,
+        )
 
 
 def _control(rank: int, size: int, group: ProcessGroup | None, timeout: float) -> Coordinator:

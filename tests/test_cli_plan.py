@@ -84,7 +84,7 @@ def test_quantised_weights_are_counted_as_they_are_stored(
 ) -> None:
     plain = planned(capsys, 0, str(folder), "--ranks", "3")
     quantise(folder, "x")
-    assert planned(capsys, 0, str(folder), "--ranks", "3") == plain | {"note": NOTE.format("x")}
+    assert planned(capsys, 0, str(folder), "--ranks", "3") == plain | {"notes": [NOTE.format("x")]}
 
 
 def test_the_memory_of_quantised_weights_is_what_they_take_once_loaded(
@@ -94,7 +94,7 @@ def test_the_memory_of_quantised_weights_is_what_they_take_once_loaded(
     argv = [str(folder), "--ranks", "2", "--length", "64", "--memory", "200kB"]
     plain = planned(capsys, 0, *argv)
     quantise(folder, "fp8")
-    assert planned(capsys, 0, *argv) == plain | {"note": NOTE.format("fp8")}
+    assert planned(capsys, 0, *argv) == plain | {"notes": [NOTE.format("fp8")]}
     assert main(["plan", *argv]) == 0
     assert f"\n\nnote: {NOTE.format('fp8')}\n\nit fits\n" in capsys.readouterr().out
     for file in folder.glob("*.safetensors*"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError
-from sharded_ckpt.checkpoint.local import LocalSource
+from sharded_ckpt.checkpoint.local import LocalSource, similar
 
 logger = logging.getLogger(__name__)
 
@@ -221,13 +221,17 @@ class HubSource:
         if self._sizes is not None:
             return CheckpointError(f"{self.location}: the download failed, try again ({reason})")
         where = f"{self.location}: neither a directory here nor a repository on the hub"
+        hint = similar(Path(self.location))
         if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
             return CheckpointNotFoundError(
-                f"{where}; check the name, and log in with `hf auth login` if it is private"
+                f"{where}; check the name, and log in with `hf auth login` if it is private{hint}"
             )
         if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
             return CheckpointNotFoundError(
                 f"{where} that was downloaded before, and downloads are off "
-                "(local_files_only=True or HF_HUB_OFFLINE)"
+                f"(local_files_only=True or HF_HUB_OFFLINE){hint}"
             )
-        return CheckpointNotFoundError(f"{where} that can be reached or was downloaded before ({reason})")
+        return CheckpointNotFoundError(
+            f"{where} that can be reached or was downloaded before ({reason}){hint}; "
+            "if a directory is meant, check its path; if the hub is, the connection"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import stat
 import weakref
@@ -26,6 +27,15 @@ _KINDS = (
 def identity_of(status: os.stat_result) -> Identity:
     """Return what tells a file from another one, and from itself after a change."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def similar(path: Path) -> str:
+    """Return a hint at a file beside the missing one whose name is close, or at the part that exists."""
+    parent = path.expanduser().parent
+    if not parent.is_dir():
+        return f"; {parent} does not exist either"
+    close = difflib.get_close_matches(path.name, [entry.name for entry in os.scandir(parent)], n=3)
+    return f"; did you mean {' or '.join(str(parent / name) for name in close)}?" if close else ""
 
 
 class LocalSource:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterable
@@ -11,15 +10,18 @@ from typing import Any, Protocol, runtime_checkable
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError
 from sharded_ckpt.checkpoint.header import Header, read_header
-from sharded_ckpt.checkpoint.local import LocalSource
+from sharded_ckpt.checkpoint.local import LocalSource, similar
 from sharded_ckpt.checkpoint.strict_json import parse_json
 
 __all__ = [
     "INDEX_SUFFIX",
     "TensorSource",
     "check_name",
+    "find_config",
     "open_source",
+    "parse_config",
     "parse_json",
+    "read_config",
     "read_json",
     "read_source_header",
 ]
@@ -112,7 +114,7 @@ def open_source(
     if local is not None:
         return local
     if not isinstance(location, str) or _looks_like_path(text):
-        raise CheckpointNotFoundError(f"{text}: no such file or directory{_similar(Path(text))}")
+        raise CheckpointNotFoundError(f"{text}: no such file or directory{similar(Path(text))}")
     return _open_hub(text, **hub)
 
 
@@ -136,15 +138,6 @@ def _looks_like_path(text: str) -> bool:
         return True
     # org/name where ./org is a directory is far more often a mistyped path than a hub id.
     return "/" in text and Path(text).parent.is_dir()
-
-
-def _similar(path: Path) -> str:
-    """Return a hint at a file beside the missing one whose name is close, or at the part that exists."""
-    parent = path.expanduser().parent
-    if not parent.is_dir():
-        return f"; {parent} does not exist either"
-    close = difflib.get_close_matches(path.name, [entry.name for entry in os.scandir(parent)], n=3)
-    return f"; did you mean {' or '.join(str(parent / name) for name in close)}?" if close else ""
 
 
 def _open_hub(text: str, **options: Any) -> TensorSource:
@@ -202,6 +195,36 @@ def read_json(source: TensorSource, name: str, *, limit: int = 64 * 2**20) -> An
             f"{where}: {size} bytes are too many for this JSON file, expected at most {limit}"
         )
     return parse_json(source.read_bytes(name), where)
+
+
+def read_config(source: TensorSource) -> dict[str, Any]:
+    """Read the config.json of a checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: There is none.
+        CheckpointError: It is not JSON, or no object.
+    """
+    return _object(read_json(source, "config.json"), f"{source.location}/config.json")
+
+
+def find_config(source: TensorSource) -> dict[str, Any] | None:
+    """Read the config.json of a checkpoint; None if there is none."""
+    return read_config(source) if source.exists("config.json") else None
+
+
+def parse_config(raw: bytes, where: str) -> dict[str, Any]:
+    """Read the content of a config.json of any name.
+
+    Raises:
+        CheckpointError: It is not JSON, or no object.
+    """
+    return _object(parse_json(raw, where), where)
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: not a config: expected an object, found {value!r:.80}")
+    return value
 
 
 def read_source_header(source: TensorSource, name: str) -> Header:

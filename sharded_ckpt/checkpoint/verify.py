@@ -17,7 +17,7 @@ from sharded_ckpt.checkpoint.header import Header
 from sharded_ckpt.checkpoint.index import CheckpointIndex, open_index
 from sharded_ckpt.checkpoint.manifest import MANIFEST_FILE, FileDigest, Manifest, parse_manifest
 from sharded_ckpt.checkpoint.repair import rebuild_index
-from sharded_ckpt.checkpoint.source import TensorSource, open_source, read_source_header
+from sharded_ckpt.checkpoint.source import TensorSource, find_config, open_source, read_source_header
 from sharded_ckpt.checkpoint.workspace import unfinished
 
 if TYPE_CHECKING:
@@ -197,6 +197,8 @@ def _check_surroundings(source: TensorSource, index: CheckpointIndex | None, fin
     others = [name for name in source.names() if name.endswith(".safetensors") and name not in listed]
     if index is not None and others:
         findings.notes.append(f"the index does not list {', '.join(others)}")
+    with findings.catch():
+        find_config(source)
     directory = getattr(source, "directory", None)
     if directory is not None and (workspace := unfinished(directory)):
         findings.add(

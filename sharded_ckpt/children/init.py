@@ -16,7 +16,7 @@ from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.publish import transaction
 from sharded_ckpt.checkpoint.reader import CheckpointReader, open_checkpoint
-from sharded_ckpt.checkpoint.source import TensorSource, read_json
+from sharded_ckpt.checkpoint.source import TensorSource, read_config
 from sharded_ckpt.checkpoint.writer import DTYPE_NAMES
 from sharded_ckpt.children.choices import Choices, Rules
 from sharded_ckpt.children.config import child_config
@@ -242,7 +242,7 @@ def _prepare(
     parent = Parent.of(reader.source.location, reader.headers(), native.to_dict(), found)
     plan = plan_child(parent, block_configs, rules, dtype=None if dtype is None else _dtype_name(dtype))
     config = child_config(
-        read_json(reader.source, "config.json"),
+        read_config(reader.source),
         native,
         found.model_class.__name__,
         plan.blocks,

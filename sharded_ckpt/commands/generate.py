@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from patchers.errors import ConfigError
+from sharded_ckpt.commands.arguments import positive
 
 if TYPE_CHECKING:
     from sharded_ckpt.runtime import Runtime
@@ -36,15 +40,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     given.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     given.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line")
     parser.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="(default: 64)")
     parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
-    parser.add_argument("--temperature", type=float, metavar="T", help="for --sample")
-    parser.add_argument("--top-p", type=float, metavar="P", help="for --sample")
-    parser.add_argument("--top-k", type=int, metavar="K", help="for --sample")
+    parser.add_argument("--temperature", type=_above_zero, metavar="T", help="for --sample")
+    parser.add_argument("--top-p", type=_share, metavar="P", help="for --sample")
+    parser.add_argument("--top-k", type=positive, metavar="K", help="for --sample")
     parser.add_argument("--seed", type=int, metavar="N", help="for --sample")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end where this text has been made")
     parser.add_argument(
-        "--micro-batches", default="auto", metavar="N", help='how many, or "auto": measured (the default)'
+        "--micro-batches",
+        type=_micro_batches,
+        default="auto",
+        metavar="N",
+        help='how many, or "auto": measured (the default)',
     )
     parser.add_argument("--dtype", metavar="NAME", help='such as "bfloat16"; by default the checkpoint\'s')
     parser.add_argument("--device", metavar="NAME", help="by default an accelerator, where there is one")
@@ -59,7 +67,7 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str,
         ShardedCkptError: The model cannot be loaded, or a rank failed.
     """
     with _ranks(arguments) as runtime:
-        prompts = arguments.prompt or arguments.prompt_file.read_text().splitlines()
+        prompts = arguments.prompt or _read_prompts(arguments.prompt_file)
         made = _generate(arguments, prompts, runtime)
         if not runtime.is_main_process:
             return "", 0
@@ -78,7 +86,12 @@ def _ranks(arguments: argparse.Namespace) -> Iterator[Runtime]:
 
     from sharded_ckpt.runtime import default_runtime
 
-    launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    launched = "RANK" in os.environ
+    if launched and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            "RANK is set and MASTER_ADDR is not, so the ranks cannot meet: start them with torchrun or "
+            "accelerate (see --help), or unset RANK to work alone"
+        )
     if launched:
         backend = "gloo" if arguments.device == "cpu" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=arguments.timeout))
@@ -91,23 +104,19 @@ def _ranks(arguments: argparse.Namespace) -> Iterator[Runtime]:
 
 def _generate(arguments: argparse.Namespace, prompts: list[str], runtime: Runtime) -> list[str]:
     """Return what follows each prompt."""
-    from transformers import AutoTokenizer
-
     from sharded_ckpt.loading.verbs import load_and_shard_model
     from sharded_ckpt.pipeline import PipelineStage
 
     shard = load_and_shard_model("auto", arguments.model, runtime=runtime, dtype=arguments.dtype)
     stage = PipelineStage(shard, runtime)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = _tokenizer(arguments.model)
     texts = [_in_template(tokenizer, prompt) for prompt in prompts] if arguments.chat else prompts
     inputs = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not arguments.chat)
     tokens = stage.generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         pad_token_id=tokenizer.pad_token_id,
-        micro_batches=_micro_batches(arguments.micro_batches),
+        micro_batches=arguments.micro_batches,
         seed=arguments.seed,
         tokenizer=tokenizer,
         **_options(arguments),
@@ -116,7 +125,37 @@ def _generate(arguments: argparse.Namespace, prompts: list[str], runtime: Runtim
     return [text.strip("\n") for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
 
 
+def _read_prompts(file: Path) -> list[str]:
+    prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError(f"{file}: there is no prompt in it, expected one a line")
+    return prompts
+
+
+def _tokenizer(model: str) -> Any:
+    """Make the tokenizer of a checkpoint, which pads at the left.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{model}: its files make no tokenizer ({reason}); put the tokenizer files of its parent beside "
+            "the weights"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def _in_template(tokenizer: Any, prompt: str) -> str:
+    if not tokenizer.chat_template:
+        raise ConfigError("the tokenizer has no chat template; leave out --chat")
     said = [{"role": "user", "content": prompt}]
     text: str = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     return text
@@ -131,4 +170,23 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _micro_batches(text: str) -> Any:
-    return text if text == "auto" else int(text)
+    return text if text == "auto" else positive(text)
+
+
+def _above_zero(text: str) -> float:
+    return _between(text, 0, math.inf)
+
+
+def _share(text: str) -> float:
+    return _between(text, 0, 1)
+
+
+def _between(text: str, low: float, high: float) -> float:
+    """Read a number above `low` and of at most `high`."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not low < number <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above {low:g} and of at most {high:g}")
+    return number

@@ -45,11 +45,11 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str,
     from patchers.inference import contradictions, infer_block_configs
     from patchers.names import fold_indices
     from sharded_ckpt.checkpoint.reader import open_checkpoint
-    from sharded_ckpt.checkpoint.source import read_json
+    from sharded_ckpt.checkpoint.source import read_config
     from sharded_ckpt.saving.carried_files import config_saying
 
     reader = open_checkpoint(arguments.checkpoint, lambda index: index)
-    headers, raw = reader.headers(), read_json(reader.source, "config.json")
+    headers, raw = reader.headers(), read_config(reader.source)
     reader.close()
     blocks = infer_block_configs(headers, raw)
     changed = config_saying(raw, blocks, arguments.dialect)

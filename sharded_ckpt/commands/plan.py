@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from patchers.tables import Page, Table, amount
 from sharded_ckpt.commands.arguments import add_json, as_json, positive
 
 if TYPE_CHECKING:
-    from sharded_ckpt.ownership import ModelCosts, OwnershipPlan
+    from sharded_ckpt.ownership import OwnershipPlan
     from sharded_ckpt.report.rank_reads import RankReads
 
 DESCRIPTION = """\
@@ -68,14 +67,15 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str 
     from patchers.errors import OwnershipError
     from sharded_ckpt.ownership import plan_ownership
     from sharded_ckpt.ownership.budgets import read_budgets
+    from sharded_ckpt.report.plan_target import PlanTarget
 
-    target = _target(arguments.checkpoint)
-    sizes = {"batch": arguments.batch, "length": arguments.length}
-    costs, budgets, memory = _costs(target, arguments.by, sizes), None, None
+    target = PlanTarget.of(arguments.checkpoint)
+    sizes = (arguments.batch, arguments.length)
+    costs, budgets, memory = target.costs(arguments.by, *sizes), None, None
     if arguments.memory is not None:
         said = arguments.memory[0] if len(arguments.memory) == 1 else arguments.memory
         budgets = read_budgets(said, arguments.ranks)
-        memory = None if arguments.by == "bytes+kv" else _costs(target, "bytes+kv", sizes)
+        memory = None if arguments.by == "bytes+kv" else target.costs("bytes+kv", *sizes)
     limits: dict[str, Any] = {"budgets": budgets, "memory": memory}
     even = plan_ownership(costs, arguments.ranks, split="even", **limits)
     misfit = None
@@ -84,9 +84,12 @@ def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str 
     except OwnershipError as error:
         misfit, plan = str(error), plan_ownership(costs, arguments.ranks)
     if arguments.png is not None:
-        _draw(arguments.png, target, plan, even)
+        from sharded_ckpt.plots import plot_plan
+
+        title = f"{target.name}: {plan.num_blocks} blocks over {plan.world_size} ranks by {plan.by}"
+        plot_plan(target.blocks(), plan, even, name=title).savefig(arguments.png, format="png", dpi=150)
         say(f"{arguments.png}: drawn")
-    outcome = _Outcome(plan, even, _reads(target, plan), misfit, _coding_note(target))
+    outcome = _Outcome(plan, even, target.reads(plan), misfit, target.notes(plan))
     return as_json(outcome.to_dict()) if arguments.json else outcome.page, 1 if misfit else 0
 
 
@@ -99,19 +102,19 @@ class _Outcome:
         even: The even split beside it.
         reads: What each rank reads; None where there are no weights.
         misfit: Why the model does not fit.
-        note: What bytes are meant, where that could be asked.
+        notes: What a reader should know.
     """
 
     plan: OwnershipPlan
     even: OwnershipPlan
     reads: list[RankReads] | None
     misfit: str | None
-    note: str | None
+    notes: list[str]
 
     @property
     def page(self) -> Page:
         """What it looks like."""
-        notes = [f"note: {self.note}"] if self.note else []
+        notes = ["\n".join(f"note: {note}" for note in self.notes)] if self.notes else []
         even = replace(self.even.table, caption=f"an even split by number:\n{self.even.table.caption}")
         verdict = [self.misfit] if self.misfit else ["it fits"] if self.plan.budgets else []
         return [self.plan.table, *self._read_tables(), even, *notes, *verdict]
@@ -134,77 +137,9 @@ class _Outcome:
             "even": _split_dict(self.even),
             "fits": self.misfit is None if asked else None,
             "misfit": self.misfit,
-            "note": self.note,
+            "notes": self.notes,
             "reads": None if self.reads is None else [vars(read) for read in self.reads],
         }
-
-
-def _coding_note(target: str | Path | Mapping[str, Any]) -> str | None:
-    if (method := _quantisation(target)) is None:
-        return None
-    return (
-        f'the weights are quantised ({method}): "bytes" are those of the files where there are any, '
-        '"bytes+kv" those in memory, where weights are dequantised as they are loaded'
-    )
-
-
-def _costs(target: str | Path | Mapping[str, Any], by: str, sizes: dict[str, int]) -> ModelCosts:
-    """Count by the config; what quantised weights take in the files, only headers tell."""
-    from patchers.errors import CheckpointNotFoundError
-    from sharded_ckpt.ownership import costs_of
-    from sharded_ckpt.report.rank_reads import stored_costs
-
-    if by == "bytes" and not isinstance(target, Mapping) and _quantisation(target):
-        with suppress(CheckpointNotFoundError):  # a config alone
-            return stored_costs(target)
-    return costs_of(target, by=by, **sizes)
-
-
-def _quantisation(target: str | Path | Mapping[str, Any]) -> str | None:
-    from sharded_ckpt.checkpoint.source import open_source, read_json
-    from sharded_ckpt.ownership.counting import quantisation_of
-
-    if isinstance(target, Mapping):
-        return quantisation_of(target)
-    source = open_source(target)
-    return quantisation_of(read_json(source, "config.json")) if source.exists("config.json") else None
-
-
-def _draw(
-    file: Path, target: str | Path | Mapping[str, Any], plan: OwnershipPlan, even: OwnershipPlan
-) -> None:
-    from sharded_ckpt.plots.page import plot_plan
-    from sharded_ckpt.report.model_blocks import model_blocks
-
-    name = "" if isinstance(target, Mapping) else Path(target).name
-    title = f"{name or 'model'}: {plan.num_blocks} blocks over {plan.world_size} ranks by {plan.by}"
-    plot_plan(model_blocks(target), plan, even, name=title).savefig(file, format="png", dpi=150)
-
-
-def _target(checkpoint: str) -> str | Path | Mapping[str, Any]:
-    """Return the checkpoint, the folder of a config.json, or the content of a config of another name."""
-    path = Path(checkpoint)
-    if path.suffix != ".json" or path.name.endswith(".index.json") or not path.is_file():
-        return checkpoint
-    if path.name == "config.json":
-        return path.parent
-    from sharded_ckpt.checkpoint.strict_json import parse_json
-
-    config: Mapping[str, Any] = parse_json(path.read_bytes(), checkpoint)
-    return config
-
-
-def _reads(target: str | Path | Mapping[str, Any], plan: OwnershipPlan) -> list[RankReads] | None:
-    """Return what the ranks read, None where there are no weights."""
-    from patchers.errors import CheckpointNotFoundError
-    from sharded_ckpt.report.rank_reads import rank_reads
-
-    if isinstance(target, Mapping):
-        return None
-    try:
-        return rank_reads(target, plan)
-    except CheckpointNotFoundError:
-        return None
 
 
 def _split_dict(plan: OwnershipPlan) -> dict[str, Any]:

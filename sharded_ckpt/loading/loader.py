@@ -32,7 +32,7 @@ from sharded_ckpt.loading.filling import (
 )
 from sharded_ckpt.loading.finishing import casts_of, read_generation_config
 from sharded_ckpt.loading.on_demand import MOST_MAPPED, TensorsOnDemand
-from sharded_ckpt.loading.options import LoadOptions
+from sharded_ckpt.loading.options import LoadOptions, dtype_named
 from sharded_ckpt.loading.pickled import PickledReader
 from sharded_ckpt.loading.plan import (
     LoadPlan,
@@ -48,7 +48,7 @@ from sharded_ckpt.model import build_skeleton, create_local_shard_, num_blocks
 from sharded_ckpt.ownership.plan import check_disjoint_cover, check_ownership
 from sharded_ckpt.ownership.planning import plan_ownership
 from sharded_ckpt.ownership.skeleton import model_bytes
-from sharded_ckpt.runtime import Runtime
+from sharded_ckpt.runtime import Runtime, usable_device
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class ShardLoader:
         self.descriptor = ModelDescriptor.of(self.options.descriptor, self.config)
         self.route = self._route()
         self.dtype = self._dtype()
-        self.device = torch.device(self.options.device or self.runtime.device)
+        self.device = usable_device(self.options.device or self.runtime.device)
         self.shard = build_skeleton(
             self.descriptor,
             self.config,
@@ -192,7 +192,7 @@ class ShardLoader:
         """Return the dtype asked for, else the config's, else that of the first float in the files."""
         for dtype in (*self._asked_dtypes(), self.config.dtype):
             if dtype is not None:
-                return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+                return dtype_named(dtype) if isinstance(dtype, str) else dtype
         file, keys = next(iter(self.index.by_file().items()))
         entries = self.reader.headers(keys)
         found = (dtype_of(key, entry, file) for key, entry in entries.items())

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from patchers.deci_x import BlockConfigs
 from patchers.descriptor import ModelDescriptor
+from patchers.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -29,3 +30,17 @@ class LoadOptions:
     trust_remote_code: bool = False
     revision: str | None = None
     is_read_ahead: bool = False
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return the dtype of a name such as "bfloat16".
+
+    Raises:
+        ConfigError: torch has no floating dtype of that name.
+    """
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(
+            f'dtype is {name!r}; expected a floating one: "bfloat16", "float16", "float32", …, or "auto"'
+        )
+    return found

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchers.errors import MissingKeysError
+from patchers.errors import ConfigError, MissingKeysError
 from patchers.names import block_of, fold
 from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.progress import byte_progress
@@ -104,6 +104,7 @@ def load_and_shard_model(
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
+    _check_order(descriptor, checkpoint_path)
     hint = _read_ahead(checkpoint_path, owned_block_indexes, where)
     from sharded_ckpt.loading.opening import open_loader
     from sharded_ckpt.loading.options import LoadOptions
@@ -214,6 +215,17 @@ def is_in_safetensors_format(checkpoint_dir: PathOrId) -> bool:
     return folder.is_dir() and any(
         entry.name.endswith((".safetensors", ".safetensors.index.json")) for entry in folder.iterdir()
     )
+
+
+def _check_order(descriptor: object, checkpoint: PathOrId) -> None:
+    """Refuse a checkpoint in the place of the descriptor, which comes first."""
+    if not isinstance(descriptor, (str, os.PathLike)):
+        return
+    first, second = os.fspath(descriptor), os.fspath(checkpoint)
+    if os.path.isdir(first) and not os.path.exists(second):
+        raise ConfigError(
+            f"the descriptor comes first, then the checkpoint: load_and_shard_model({second!r}, {first!r})"
+        )
 
 
 def _read_ahead(location: PathOrId, owned: Iterable[int] | str, where: Mapping[str, Any]) -> object:

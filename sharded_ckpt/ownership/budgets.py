@@ -21,7 +21,7 @@ _UNITS = {
     for power, prefix in enumerate(["", "K", "M", "G", "T", "P"])
     if prefix or not binary
 }
-_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]+)\s*")
+_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*)\s*")
 
 
 def read_budgets(budgets: Budgets, world_size: int) -> tuple[float, ...]:
@@ -51,7 +51,7 @@ def read_budgets(budgets: Budgets, world_size: int) -> tuple[float, ...]:
 def _amount_of(budget: Budget) -> float:
     if isinstance(budget, str):
         match = _SIZE.fullmatch(budget)
-        units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+        units = {"": 1} | {unit.lower(): factor for unit, factor in _UNITS.items()}
         if match is None or match["unit"].lower() not in units:
             raise OwnershipError(f'budget {budget!r} is no size; write "80GiB", "80 GB" or a number')
         number = float(match["number"]) * units[match["unit"].lower()]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from patchers.block_config import BlockConfig
 from patchers.dialects import read_block_configs
-from patchers.errors import ConfigError, OwnershipError
+from patchers.errors import CheckpointNotFoundError, ConfigError, OwnershipError
 from patchers.names import block_of
-from sharded_ckpt.checkpoint.source import open_source, read_json
+from sharded_ckpt.checkpoint.source import find_config, open_source
 from sharded_ckpt.ownership.costs import LLAMA_SHAPED, ModelCosts, model_costs
 
 if TYPE_CHECKING:
@@ -91,7 +91,9 @@ def _raw_config(model: Countable) -> Mapping[str, Any]:
     if isinstance(model, Mapping):
         return model
     if isinstance(model, (str, os.PathLike)):
-        raw: Mapping[str, Any] = read_json(open_source(model), "config.json")
+        source = open_source(model)
+        if (raw := find_config(source)) is None:
+            raise CheckpointNotFoundError(f"{source.location}: there is no config.json to count by")
         return raw
     if not hasattr(model, "to_dict"):
         raise ConfigError(

@@ -9,6 +9,11 @@ from typing import Any
 from patchers.errors import OwnershipError
 from patchers.names import fold_indices
 
+_ONE_RANK = (
+    ". There is only one rank: start several with `torchrun --nproc-per-node N script.py`, and call "
+    "torch.distributed.init_process_group() in it before loading"
+)
+
 
 @dataclass(frozen=True)
 class Lineup:
@@ -38,7 +43,7 @@ class Lineup:
             raise OwnershipError(
                 f"a pipeline needs all {self.num_blocks} blocks once, in contiguous runs in the order of the "
                 f'ranks; they own {told}. owned_block_indexes="auto", or a contiguous plan_ownership, gives '
-                "such runs"
+                "such runs" + (_ONE_RANK if len(self.owned) == 1 else "")
             )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -27,9 +28,9 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return told
 
 
-def main_stack(groups: Sequence[TensorGroup], config: Mapping[str, Any]) -> str | None:
+def main_stack(groups: Sequence[TensorGroup], config: Mapping[str, Any] | None) -> str | None:
     """Return where the blocks of the language model are: of the lists that are not longer, the largest."""
-    layers = BaseSizes.of(config).num_hidden_layers
+    layers = math.inf if config is None else BaseSizes.of(config).num_hidden_layers
     nbytes: dict[str, int] = {}
     long = set[str]()
     for group in groups:

@@ -14,7 +14,7 @@ from patchers.names import fold, split_block
 from patchers.tables import Page, Table, as_html, as_text
 from sharded_ckpt.checkpoint.entry import TensorEntry
 from sharded_ckpt.checkpoint.reader import CheckpointReader, open_checkpoint
-from sharded_ckpt.checkpoint.source import read_json
+from sharded_ckpt.checkpoint.source import find_config
 from sharded_ckpt.report.overview import CheckpointOverview, overview
 
 if TYPE_CHECKING:
@@ -149,9 +149,7 @@ def compare(
 
 
 def _config(reader: CheckpointReader) -> Mapping[str, Any]:
-    config: Mapping[str, Any] = {}
-    if reader.source.exists("config.json"):
-        config = read_json(reader.source, "config.json")
+    config = find_config(reader.source) or {}
     return {name: value for name, value in config.items() if name not in CONFIG_FIELDS}
 
 

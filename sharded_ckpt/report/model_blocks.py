@@ -10,9 +10,8 @@ from patchers.base_sizes import BaseSizes, resolve_block
 from patchers.block_config import BlockConfig
 from patchers.block_words import block_table
 from patchers.dialects import read_block_configs
-from patchers.errors import CheckpointNotFoundError
 from patchers.tables import as_html, as_text
-from sharded_ckpt.checkpoint.source import open_source, read_json
+from sharded_ckpt.checkpoint.source import INDEX_SUFFIX, open_source, read_config
 from sharded_ckpt.ownership.counting import Countable
 from sharded_ckpt.report.block_kinds import text_config
 from sharded_ckpt.report.overview import overview
@@ -51,13 +50,11 @@ def model_blocks(model: Countable) -> ModelBlocks:
         0-3     4       2 KV heads  96 wide
     """
     if isinstance(model, (str, os.PathLike)):
-        try:
+        source = open_source(model)
+        if any(name.endswith((".safetensors", INDEX_SUFFIX)) for name in source.names()):
             found = overview(model)
-        except CheckpointNotFoundError:  # a config without weights
-            return _said(read_json(open_source(model), "config.json"))
-        if found.stack is not None:
             return ModelBlocks(row.config for row in found.blocks if row.stack == found.stack)
-        return _said(read_json(open_source(model), "config.json"))
+        return _said(read_config(source))
     return _said(model if isinstance(model, Mapping) else model.to_dict())
 
 

@@ -17,7 +17,7 @@ from patchers.tables import Page, Table, amount, as_html, as_text
 from sharded_ckpt.checkpoint.contents import SHARD
 from sharded_ckpt.checkpoint.garbage import paused_collection
 from sharded_ckpt.checkpoint.reader import open_checkpoint
-from sharded_ckpt.checkpoint.source import read_json
+from sharded_ckpt.checkpoint.source import find_config
 from sharded_ckpt.report.block_kinds import Kinds, infer_kinds, main_stack, text_config
 from sharded_ckpt.report.tensor_groups import TensorGroup, group_tensors
 
@@ -142,7 +142,7 @@ def overview(checkpoint: str | os.PathLike[str], **options: Any) -> CheckpointOv
         groups = group_tensors((shard.name, items) for shard, items in reader.plan())
         source = reader.source
         reader.close()
-    config = read_json(source, "config.json") if source.exists("config.json") else {}
+    config = find_config(source) or {}
     stack, blocks, notes = _blocks(groups, config)
     dtypes: dict[str, int] = {}
     for group in groups:
@@ -173,10 +173,11 @@ def _blocks(
             stacks.setdefault(group.stack, []).append(group)
     kinds: Kinds = {}
     notes: list[str] = []
-    main, language_model = None, text_config(config)
+    language_model = text_config(config)
+    main = main_stack(groups, language_model)
     if language_model is None:
         notes = ["there is no config.json that says the number of blocks, so their kinds are not known"]
-    elif main := main_stack(groups, language_model):
+    elif main is not None:
         kinds, notes = infer_kinds(main, stacks[main], language_model)
     rows = [row for name, of in stacks.items() for row in _rows(name, of, kinds if name == main else {})]
     return main, tuple(rows), tuple(notes)

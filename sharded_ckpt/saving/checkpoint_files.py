@@ -26,7 +26,7 @@ from patchers.native import model_class_of
 from sharded_ckpt.checkpoint.coordinator import Coordinator, together
 from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.publish import Transaction
-from sharded_ckpt.checkpoint.source import TensorSource, open_source, read_json
+from sharded_ckpt.checkpoint.source import TensorSource, open_source, read_config
 from sharded_ckpt.config import native_config
 from sharded_ckpt.saving.built_blocks import check_built
 from sharded_ckpt.saving.carried_files import GENERATION_CONFIG, carry_files
@@ -219,8 +219,8 @@ def _origin(source: TensorSource | None, config: PreTrainedConfig) -> Origin | N
     """Return the config that the model's was translated from, if the source has such a one."""
     if source is None or not source.exists("config.json"):
         return None
-    raw = read_json(source, "config.json")
-    if NATIVE_FAMILY.get(raw.get("model_type")) != config.model_type:
+    raw = read_config(source)
+    if NATIVE_FAMILY.get(str(raw.get("model_type"))) != config.model_type:
         return None
     return Origin(raw, native_config(raw, source))
 

@@ -18,7 +18,7 @@ from patchers.families import NATIVE_FAMILY
 from sharded_ckpt.checkpoint.index import SINGLE_FILE
 from sharded_ckpt.checkpoint.publish import transaction
 from sharded_ckpt.checkpoint.reader import open_checkpoint
-from sharded_ckpt.checkpoint.source import TensorSource, read_json
+from sharded_ckpt.checkpoint.source import TensorSource, read_config
 from sharded_ckpt.saving.carried_files import READABLE_AS_DECILM, carry_files, config_saying
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _config(source: TensorSource, dialect: Dialect | None, dtype: str | None) ->
         if dialect is not None:
             raise ConfigError(f"{source.location} has no config.json that could say its blocks")
         return None
-    raw: dict[str, Any] = read_json(source, "config.json")
+    raw: dict[str, Any] = read_config(source)
     if dtype is not None and raw.get("quantization_config"):
         raise ConfigError(
             f"the config of {source.location} says that its weights are quantised: they cannot be cast; "

@@ -12,7 +12,7 @@ from patchers.errors import CheckpointError, ConfigError, MissingKeysError
 from patchers.names import fold
 from sharded_ckpt.checkpoint.coordinator import Coordinator, together
 from sharded_ckpt.checkpoint.reader import open_checkpoint
-from sharded_ckpt.checkpoint.source import open_source, read_json
+from sharded_ckpt.checkpoint.source import open_source, read_config
 from sharded_ckpt.loading.quantised import Coding
 from sharded_ckpt.runtime import as_runtime
 from sharded_ckpt.training.audit import FillReport, StrictHandling, audit_keys
@@ -134,5 +134,5 @@ def _block_size(spec: LoadSpec) -> tuple[int, int] | None:
     source = open_source(spec.checkpoint_id)
     if not source.exists("config.json"):
         return 128, 128
-    coding = Coding.of(read_json(source, "config.json").get("quantization_config"))
+    coding = Coding.of(read_config(source).get("quantization_config"))
     return (128, 128) if coding is None else coding.block
