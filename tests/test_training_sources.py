@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,35 @@ def test_a_scale_of_another_name_or_shape_is_an_error_never_weights_without_scal
         load_sources(resolve_initial_load(tmp_path, from_hf=True), nn.Linear(4, 130, bias=False))
     with pytest.raises(CheckpointError, match=r"w_scale_inv has shape \(1, 2\).*of shape \(2, 1\)"):
         BlockQuantised().from_hf({"w": packed, "w_scale_inv": torch.ones(1, 2)})
+
+
+def test_weights_of_four_bits_become_ordinary_ones(tmp_path):
+    numbers = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    blocks = torch.randint(0, 256, (2, 3, 2, 16), dtype=torch.uint8)
+    scales = torch.randint(120, 134, (2, 3, 2), dtype=torch.uint8)
+    save_file(
+        {"experts_blocks": blocks, "experts_scales": scales, "bias": torch.ones(3)},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "mxfp4"}}))
+    model = nn.ParameterDict({"experts": torch.zeros(2, 64, 3), "bias": torch.zeros(3)})
+    load_sources(resolve_initial_load(tmp_path, from_hf=True, from_quantized=True), model)
+    for expert, row, column in itertools.product(range(2), range(3), range(64)):
+        byte = int(blocks[expert, row, column // 32, column % 32 // 2])
+        code = byte >> 4 if column % 2 else byte & 15
+        value = (
+            (-1) ** (code >> 3) * numbers[code & 7] * 2.0 ** (int(scales[expert, row, column // 32]) - 127)
+        )
+        assert model["experts"][expert, column, row] == value
+    assert model["bias"].eq(1).all()
+    save_file(
+        {"experts_blocks": blocks, "experts_scales": scales[:1], "bias": torch.ones(3)},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(
+        CheckpointError, match=r"experts_blocks is .* expected bytes, and one scale for each block"
+    ):
+        load_sources(resolve_initial_load(tmp_path, from_hf=True, from_quantized=True), model)
 
 
 # Exports ---------------------------------------------------------------------------------------------------

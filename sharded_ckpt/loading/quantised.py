@@ -24,7 +24,7 @@ from sharded_ckpt.ownership.counting import DEQUANTISED
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE = "_scale_inv"
 _ACTIVATION_SCALE = ".activation_scale"
-_BLOCKS, _SCALES = "_blocks", "_scales"
+MXFP4_PARTS = _BLOCKS, _SCALES = "_blocks", "_scales"
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -176,7 +176,7 @@ def from_mxfp4(name: str, blocks: torch.Tensor, scales: torch.Tensor) -> torch.T
             f"{name}{_BLOCKS} is {blocks.dtype} of shape {tuple(blocks.shape)}, {name}{_SCALES} is "
             f"{scales.dtype} of shape {tuple(scales.shape)}: expected bytes, and one scale for each block"
         )
-    table = torch.tensor(_E2M1)
+    table = torch.tensor(_E2M1, device=blocks.device)
     numbers = torch.stack((table[(blocks & 15).long()], table[(blocks >> 4).long()]), dim=-1).flatten(-2)
     numbers.mul_(_powers_of_two(scales).unsqueeze(-1))
     return numbers.flatten(-2).transpose(-1, -2).contiguous()

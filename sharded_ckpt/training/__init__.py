@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sharded_ckpt.training.model_wrapper import ModelWrapper as ModelWrapper
     from sharded_ckpt.training.optimizer_state import OptimizerState as OptimizerState
     from sharded_ckpt.training.quantised import BlockQuantised as BlockQuantised
+    from sharded_ckpt.training.quantised import MXFP4Quantised as MXFP4Quantised
     from sharded_ckpt.training.sources import load_sources as load_sources
     from sharded_ckpt.training.state_files import StagedState as StagedState
     from sharded_ckpt.training.state_files import save_training_state as save_training_state
@@ -50,7 +51,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "export": ("export_checkpoint",),
         "load_spec": ("LoadSpec", "resolve_initial_load"),
         "merged": ("MergedAdapters",),
-        "quantised": ("BlockQuantised",),
+        "quantised": ("BlockQuantised", "MXFP4Quantised"),
         "sources": ("load_sources",),
         "audit": ("FillReport", "StrictHandling"),
         "checkpointing": ("AsyncCallsQueue", "GlobalState", "TrainState"),

@@ -60,7 +60,7 @@ def resolve_initial_load(
             so that a training can be restarted with the same arguments.
         additional_load_path: What is put over the base; it may hold a part of the model.
         from_hf: Whether the base is a checkpoint of Hugging Face.
-        from_quantized: Whether its weights are quantised in blocks of 8-bit floats.
+        from_quantized: Whether its weights are quantised in blocks of floats of 8 bits (fp8) or 4 (mxfp4).
         model_only: Whether the optimizer starts fresh.
         additional_from_hf: Whether the overlay is a checkpoint of Hugging Face.
         base_is_frozen: Whether `resume_path` holds only what was trained, so that the base is needed, too.

@@ -1,4 +1,4 @@
-"""Checkpoints with weights in blocks of 8-bit floats, seen as ordinary ones."""
+"""Checkpoints with weights in blocks of 8- or 4-bit floats, seen as ordinary ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from patchers.errors import CheckpointError
-from sharded_ckpt.loading.quantised import FP8_DTYPES, SCALE, from_fp8
+from sharded_ckpt.loading.quantised import FP8_DTYPES, MXFP4_PARTS, SCALE, Coding, from_fp8
 from sharded_ckpt.training.transforms import BaseStateDictAdapter, StateDict
 
 
@@ -45,6 +45,33 @@ class BlockQuantised(BaseStateDictAdapter):
             elif not (name.endswith(SCALE) and name.removesuffix(SCALE) in hf_state_dict):
                 result[name] = tensor
         return result
+
+
+class MXFP4Quantised(BaseStateDictAdapter):
+    """Reads weights of 4 bits (`<name>_blocks` with `<name>_scales`, as gpt-oss has them) as ordinary ones.
+
+    Example:
+        >>> stored = {"w_blocks": torch.full((1, 1, 1, 2), 0x42, dtype=torch.uint8),
+        ...           "w_scales": torch.full((1, 1, 1), 128, dtype=torch.uint8)}
+        >>> MXFP4Quantised().from_hf(stored)["w"].flatten().tolist()
+        [2.0, 4.0, 2.0, 4.0]
+    """
+
+    _coding = Coding("mxfp4")
+
+    def to_hf(self, state_dict: Mapping[str, Any]) -> StateDict:
+        """Return the names under which the values of a state dict are stored; nothing is quantised here."""
+        return {name + part: value for name, value in state_dict.items() for part in ("", *MXFP4_PARTS)}
+
+    def from_hf(self, hf_state_dict: Mapping[str, Any]) -> StateDict:
+        """Return the state dict with ordinary weights, and without scales.
+
+        Raises:
+            CheckpointError: Blocks have no scales, or such as do not fit.
+        """
+        parts = self._coding.parts(hf_state_dict)
+        stored = {name: [hf_state_dict[key] for key in keys] for name, keys in parts.items()}
+        return {n: self._coding.decode(n, ts) if len(ts) > 1 else ts[0] for n, ts in stored.items()}
 
 
 def _scale_of(name: str, state: Mapping[str, Any]) -> torch.Tensor:

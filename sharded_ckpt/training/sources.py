@@ -19,7 +19,7 @@ from sharded_ckpt.training.audit import FillReport, StrictHandling, audit_keys
 from sharded_ckpt.training.dcp import DcpWeights
 from sharded_ckpt.training.load_spec import LoadSpec
 from sharded_ckpt.training.model_state import ModelState
-from sharded_ckpt.training.quantised import BlockQuantised
+from sharded_ckpt.training.quantised import BlockQuantised, MXFP4Quantised
 from sharded_ckpt.training.state_reading import StoredState
 from sharded_ckpt.training.transforms import StateDict, StateDictTransforms
 from sharded_ckpt.training.weights import FileForm, SafetensorsWeights, Weights, WeightSource
@@ -114,7 +114,7 @@ def _form(spec: LoadSpec, transforms: StateDictTransforms | None) -> FileForm | 
     if spec.from_quantized and spec.format != "hf":
         raise ConfigError(f"{spec.checkpoint_id}: only checkpoints of Hugging Face are read as quantised")
     adapter = None if transforms is None else transforms.sd_adapter
-    blocks = BlockQuantised(_block_size(spec)) if spec.from_quantized else None
+    blocks = _dequantising(spec) if spec.from_quantized else None
     if not spec.from_hf or (adapter is None and blocks is None):
         return None
 
@@ -129,10 +129,11 @@ def _form(spec: LoadSpec, transforms: StateDictTransforms | None) -> FileForm | 
     return FileForm(to_files, to_memory)
 
 
-def _block_size(spec: LoadSpec) -> tuple[int, int] | None:
-    """Return what a checkpoint's config says of its blocks; the usual size, if it says nothing."""
+def _dequantising(spec: LoadSpec) -> BlockQuantised | MXFP4Quantised:
+    """Return what reads weights as their checkpoint says; if it says nothing, fp8 in the usual blocks."""
     source = open_source(spec.checkpoint_id)
-    if not source.exists("config.json"):
-        return 128, 128
-    coding = Coding.of(read_config(source).get("quantization_config"))
-    return (128, 128) if coding is None else coding.block
+    config = read_config(source) if source.exists("config.json") else {}
+    coding = Coding.of(config.get("quantization_config"))
+    if coding is None:
+        return BlockQuantised()
+    return MXFP4Quantised() if coding.method == "mxfp4" else BlockQuantised(coding.block)
