@@ -9,9 +9,50 @@ if TYPE_CHECKING:
     from sharded_ckpt.training.adapter_files import save_adapter as save_adapter
     from sharded_ckpt.training.audit import FillReport as FillReport
     from sharded_ckpt.training.audit import StrictHandling as StrictHandling
+    from sharded_ckpt.training.checkpointing import TRACKER_PREFIX as TRACKER_PREFIX
     from sharded_ckpt.training.checkpointing import AsyncCallsQueue as AsyncCallsQueue
+    from sharded_ckpt.training.checkpointing import AsyncRequest as AsyncRequest
+    from sharded_ckpt.training.checkpointing import CheckpointCallbacks as CheckpointCallbacks
+    from sharded_ckpt.training.checkpointing import CheckpointConfig as CheckpointConfig
+    from sharded_ckpt.training.checkpointing import CheckpointLoadContext as CheckpointLoadContext
+    from sharded_ckpt.training.checkpointing import CheckpointManager as CheckpointManager
+    from sharded_ckpt.training.checkpointing import CheckpointSaveContext as CheckpointSaveContext
+    from sharded_ckpt.training.checkpointing import CheckpointType as CheckpointType
+    from sharded_ckpt.training.checkpointing import DefaultCheckpointManager as DefaultCheckpointManager
     from sharded_ckpt.training.checkpointing import GlobalState as GlobalState
+    from sharded_ckpt.training.checkpointing import LocalCheckpointManager as LocalCheckpointManager
     from sharded_ckpt.training.checkpointing import TrainState as TrainState
+    from sharded_ckpt.training.checkpointing import (
+        apply_peft_adapter_filter_to_state_dict as apply_peft_adapter_filter_to_state_dict,
+    )
+    from sharded_ckpt.training.checkpointing import being_read as being_read
+    from sharded_ckpt.training.checkpointing import (
+        cleanup_old_non_persistent_checkpoint as cleanup_old_non_persistent_checkpoint,
+    )
+    from sharded_ckpt.training.checkpointing import create_checkpoint_manager as create_checkpoint_manager
+    from sharded_ckpt.training.checkpointing import delete_extra_state as delete_extra_state
+    from sharded_ckpt.training.checkpointing import find_checkpoint_rank_0 as find_checkpoint_rank_0
+    from sharded_ckpt.training.checkpointing import generate_state_dict as generate_state_dict
+    from sharded_ckpt.training.checkpointing import get_checkpoint_version as get_checkpoint_version
+    from sharded_ckpt.training.checkpointing import get_rng_state as get_rng_state
+    from sharded_ckpt.training.checkpointing import (
+        get_save_and_finalize_callbacks as get_save_and_finalize_callbacks,
+    )
+    from sharded_ckpt.training.checkpointing import init_checkpointing_context as init_checkpointing_context
+    from sharded_ckpt.training.checkpointing import is_empty_async_queue as is_empty_async_queue
+    from sharded_ckpt.training.checkpointing import load_checkpoint as load_checkpoint
+    from sharded_ckpt.training.checkpointing import maybe_finalize_async_save as maybe_finalize_async_save
+    from sharded_ckpt.training.checkpointing import maybe_load_dataloader_state as maybe_load_dataloader_state
+    from sharded_ckpt.training.checkpointing import maybe_save_dataloader_state as maybe_save_dataloader_state
+    from sharded_ckpt.training.checkpointing import pin_checkpoint as pin_checkpoint
+    from sharded_ckpt.training.checkpointing import read_metadata as read_metadata
+    from sharded_ckpt.training.checkpointing import read_run_config as read_run_config
+    from sharded_ckpt.training.checkpointing import save_checkpoint as save_checkpoint
+    from sharded_ckpt.training.checkpointing import save_tokenizer_assets as save_tokenizer_assets
+    from sharded_ckpt.training.checkpointing import schedule_async_save as schedule_async_save
+    from sharded_ckpt.training.checkpointing import set_checkpoint_version as set_checkpoint_version
+    from sharded_ckpt.training.checkpointing import set_rng_state as set_rng_state
+    from sharded_ckpt.training.checkpointing import unpin_checkpoint as unpin_checkpoint
     from sharded_ckpt.training.converters import AdapterKeys as AdapterKeys
     from sharded_ckpt.training.converters import DoRAKeys as DoRAKeys
     from sharded_ckpt.training.converters import DropExtraState as DropExtraState
@@ -54,7 +95,46 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "quantised": ("BlockQuantised", "MXFP4Quantised"),
         "sources": ("load_sources",),
         "audit": ("FillReport", "StrictHandling"),
-        "checkpointing": ("AsyncCallsQueue", "GlobalState", "TrainState"),
+        "checkpointing": (
+            "AsyncCallsQueue",
+            "AsyncRequest",
+            "CheckpointCallbacks",
+            "CheckpointConfig",
+            "CheckpointLoadContext",
+            "CheckpointManager",
+            "CheckpointSaveContext",
+            "CheckpointType",
+            "DefaultCheckpointManager",
+            "GlobalState",
+            "LocalCheckpointManager",
+            "TRACKER_PREFIX",
+            "TrainState",
+            "apply_peft_adapter_filter_to_state_dict",
+            "being_read",
+            "cleanup_old_non_persistent_checkpoint",
+            "create_checkpoint_manager",
+            "delete_extra_state",
+            "find_checkpoint_rank_0",
+            "generate_state_dict",
+            "get_checkpoint_version",
+            "get_rng_state",
+            "get_save_and_finalize_callbacks",
+            "init_checkpointing_context",
+            "is_empty_async_queue",
+            "load_checkpoint",
+            "maybe_finalize_async_save",
+            "maybe_load_dataloader_state",
+            "maybe_save_dataloader_state",
+            "pin_checkpoint",
+            "read_metadata",
+            "read_run_config",
+            "save_checkpoint",
+            "save_tokenizer_assets",
+            "schedule_async_save",
+            "set_checkpoint_version",
+            "set_rng_state",
+            "unpin_checkpoint",
+        ),
         "converters": (
             "AdapterKeys",
             "DoRAKeys",
