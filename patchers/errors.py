@@ -51,6 +51,10 @@ class PartialModelError(ShardedCkptError, RuntimeError):
     """A shard that owns only some blocks was used as if it were the whole model."""
 
 
+class ShardMemoryError(ShardedCkptError, MemoryError):
+    """The blocks of a rank do not fit into its memory."""
+
+
 class CollectiveError(ShardedCkptError, RuntimeError):
     """Some ranks failed in work that all ranks do together; every rank raises this same error.
 

@@ -15,4 +15,5 @@ from patchers.errors import OwnershipError as OwnershipError
 from patchers.errors import PartialModelError as PartialModelError
 from patchers.errors import PatchError as PatchError
 from patchers.errors import ShardedCkptError as ShardedCkptError
+from patchers.errors import ShardMemoryError as ShardMemoryError
 from patchers.errors import UntestedVersionWarning as UntestedVersionWarning

@@ -117,12 +117,22 @@ def test_an_empty_directory(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     (here / "empty").mkdir()
     text = "empty: no checkpoint: expected model.safetensors.index.json or model.safetensors, found no file"
     assert refused(capsys, "inspect", "empty") == text
-    assert refused(capsys, "plan", "empty", "--ranks", "2") == (
-        "empty: neither config.json nor safetensors files are there; give the directory of a checkpoint, or "
-        "a config.json"
-    )
+    assert refused(capsys, "plan", "empty", "--ranks", "2") == text
     with pytest.raises(CheckpointNotFoundError, match=re.escape(text)):
         load_and_shard_model("auto", "empty")
+
+
+def test_a_directory_above_the_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a training with several checkpoints, say, or of the hub's cache."""
+    cached = pruned_checkpoint(here / "models--team--model" / "snapshots" / "0123")
+    (here / "model").rename(here / "model-10")
+    (here / "run").mkdir()
+    (here / "model-10").rename(here / "run" / "checkpoint-10")
+    for above, below in ((cached.parents[1].name, "snapshots/0123"), ("run", "checkpoint-10")):
+        for command in (["inspect", above], ["plan", above, "--ranks", "2"]):
+            assert refused(capsys, *command).endswith(f"found no file; weights are in {above}/{below}")
+        assert main(["inspect", f"{above}/{below}"]) == 0
+        assert capsys.readouterr().out.startswith(f"{above}/{below}: llama")
 
 
 # Files ----------------------------------------------------------------------------------------------------
@@ -215,6 +225,33 @@ def test_too_little_memory(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.endswith(f"\n{text}\n")
     with pytest.raises(OwnershipError, match=re.escape(text)):
         plan_ownership("model", 2, by="bytes+kv", length=64, budgets="90 kB")
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from sharded_ckpt import load_and_shard_model
+load_and_shard_model("auto", "model", materialize=True)  # what imports take is not the point
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, resource.RLIM_INFINITY))
+try:
+    load_and_shard_model("auto", "large", materialize=True)
+except MemoryError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+def test_a_shard_that_does_not_fit_into_memory(here: Path) -> None:
+    """Really: a process that may take 256 MB more, and blocks of which one tensor takes 512 MB."""
+    words = 4_000_000
+    ends = {name: [words, 64] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    hollow_checkpoint(here / "large", llama_shapes() | ends, {**LLAMA, "vocab_size": words})
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(
+        "ShardMemoryError large: this rank's blocks do not fit into the memory of cpu:"
+    )
+    assert "they take 1.02 GB in the files" in done.stdout
+    assert "Own fewer blocks, over more ranks (`sharded-ckpt plan` with --memory says how" in done.stdout
 
 
 def test_more_ranks_than_blocks(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

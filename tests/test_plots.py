@@ -196,7 +196,9 @@ def test_a_rank_that_does_not_exist_is_refused(folder: Path) -> None:
 def test_large_plans_are_drawn_without_a_warning(ranks: int, blocks: int, tmp_path: Path) -> None:
     config = published_kind(blocks)
     plan, even = plan_ownership(config, ranks), plan_ownership(config, ranks, split="even")
-    plot_plan(model_blocks(config), plan, even).savefig(tmp_path / "plan.png")
+    figure = plot_plan(model_blocks(config), plan, even)
+    figure.savefig(tmp_path / "plan.png")
+    assert figure._repr_png_().startswith(b"\x89PNG"), "a notebook shows it"  # type: ignore[attr-defined]
     assert png_size(tmp_path / "plan.png") > (300, 300)
 
 

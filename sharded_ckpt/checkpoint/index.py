@@ -16,6 +16,7 @@ from sharded_ckpt.checkpoint.entry import shorten
 from sharded_ckpt.checkpoint.garbage import paused_collection
 from sharded_ckpt.checkpoint.header import Header
 from sharded_ckpt.checkpoint.index_json import parse_index_json
+from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.rival import find_difference
 from sharded_ckpt.checkpoint.source import (
     INDEX_SUFFIX,
@@ -256,7 +257,17 @@ def _discover(source: TensorSource) -> CheckpointIndex:
     found = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") if names else "no file"
     raise CheckpointNotFoundError(
         f"{source.location}: no checkpoint: expected {INDEX_FILE} or {SINGLE_FILE}, found {found}"
+        f"{_folders_below(source)}"
     )
+
+
+def _folders_below(source: TensorSource) -> str:
+    """Return a hint at folders in a local one that hold weights: of trainings, of the hub's cache."""
+    if not isinstance(source, LocalSource):
+        return ""
+    below = [path for pattern in ("*", "snapshots/*") for path in source.directory.glob(pattern)]
+    held = [str(path) for path in sorted(below) if path.is_dir() and any(path.glob("*.safetensors"))]
+    return f"; weights are in {', '.join(held[:3])}{' ...' if len(held) > 3 else ''}" if held else ""
 
 
 def _families(names: Iterable[str]) -> dict[str, list[str]]:

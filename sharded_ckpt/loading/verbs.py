@@ -91,6 +91,7 @@ def load_and_shard_model(
         CheckpointError: The files are broken, or do not fit the model.
         MissingKeysError: Tensors that are needed are not there.
         ConfigError: The config, the block configs or an argument is wrong.
+        ShardMemoryError: The blocks do not fit into the memory of this rank.
         CollectiveError: On all ranks, when some of several failed.
 
     Example:
@@ -108,6 +109,7 @@ def load_and_shard_model(
     hint = _read_ahead(checkpoint_path, owned_block_indexes, where)
     from sharded_ckpt.loading.opening import open_loader
     from sharded_ckpt.loading.options import LoadOptions
+    from sharded_ckpt.loading.shortage import explained_shortage
     from sharded_ckpt.runtime import as_runtime
 
     options = LoadOptions(
@@ -129,7 +131,8 @@ def load_and_shard_model(
     with together(here.control, f"planning the load of {os.fspath(checkpoint_path)}"):
         loader = open_loader(checkpoint_path, {**where, "allow_pickle": allow_pickle}, options, here)
     loader.agree()
-    with together(here.control, f"loading {os.fspath(checkpoint_path)}"):
+    lack = explained_shortage(loader.source.location, loader.nbytes, loader.device)
+    with together(here.control, f"loading {os.fspath(checkpoint_path)}"), lack:
         with byte_progress(progress, loader.nbytes, here.is_main_process) as count:
             loader.fill(count)
         model = loader.finish()

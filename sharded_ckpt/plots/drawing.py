@@ -41,16 +41,16 @@ def require_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make a figure that belongs to nobody but its user: pyplot does not keep it.
+    """Make a figure that nobody but its user keeps.
 
     Args:
         width: In inches.
         height: In inches.
     """
     require_matplotlib()
-    from matplotlib.figure import Figure
+    from sharded_ckpt.plots.picture import Picture
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return Picture(figsize=(width, height), layout="constrained")
 
 
 def axes_or_new(ax: Axes | None, width: float, height: float) -> Axes:

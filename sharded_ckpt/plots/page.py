@@ -28,7 +28,7 @@ def plot_plan(
         name: Of the model, for the title.
 
     Returns:
-        A figure that pyplot does not know: `figure.savefig("plan.png")`.
+        A figure, which a notebook shows: `figure.savefig("plan.png")`.
 
     Raises:
         OwnershipError: The plan is of another number of blocks, or the two cannot be compared.

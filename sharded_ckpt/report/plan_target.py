@@ -9,6 +9,7 @@ from typing import Any
 
 from patchers.errors import CheckpointNotFoundError
 from patchers.names import fold_indices
+from sharded_ckpt.checkpoint.index import open_index
 from sharded_ckpt.checkpoint.source import INDEX_SUFFIX, find_config, open_source, parse_config
 from sharded_ckpt.ownership.costs import ModelCosts
 from sharded_ckpt.ownership.counting import costs_of, quantisation_of
@@ -51,10 +52,7 @@ class PlanTarget:
         has_weights = any(name.endswith((".safetensors", INDEX_SUFFIX)) for name in source.names())
         config = find_config(source)
         if config is None and not has_weights:
-            raise CheckpointNotFoundError(
-                f"{checkpoint}: neither config.json nor safetensors files are there; give the directory of a "
-                "checkpoint, or a config.json"
-            )
+            open_index(source)  # raises, and says what is there instead
         return cls(checkpoint, config, has_weights)
 
     @property
