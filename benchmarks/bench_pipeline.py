@@ -27,7 +27,7 @@ from transformers.distributed import DistributedConfig
 from transformers.generation import BaseStreamer
 
 from sharded_ckpt import PipelineStage, default_runtime, load_and_shard_model
-from sharded_ckpt.pipeline.step_times import measured_rows
+from sharded_ckpt.pipeline.micro_batches import rows_of_step
 
 CONFIG = {
     "vocab_size": 32000,
@@ -136,7 +136,7 @@ def rank_main(rank: int, folder: str, cases: list[str], count: int) -> None:
             batch, length = int(case), PROMPT[int(case)]
             ids = torch.randint(4, 32000, (batch, length))
             with torch.no_grad():
-                rows = measured_rows(stage, batch, length)
+                rows = rows_of_step(stage, batch, length)
             methods = {
                 "ours": generating(stage.generate, ids, micro_batches=rows),
                 "native": generating(native.generate, ids),

@@ -18,10 +18,10 @@ from sharded_ckpt.pipeline.sampling import Sampler
 from sharded_ckpt.pipeline.wire import Arrival
 
 if TYPE_CHECKING:
-    from sharded_ckpt.pipeline.stage import PipelineStage
+    from sharded_ckpt.pipeline.connected_stage import ConnectedStage
 
 
-def decode(parts: Sequence[Part], stage: PipelineStage, stream: Stream) -> torch.Tensor:
+def decode(parts: Sequence[Part], stage: ConnectedStage, stream: Stream) -> torch.Tensor:
     """Take all micro-batches through all steps, and return the prompts with what follows."""
     _prefill(parts, stage, stream)
     if stage.is_last:
@@ -41,7 +41,7 @@ def decode(parts: Sequence[Part], stage: PipelineStage, stream: Stream) -> torch
     return torch.cat([part.input_ids for part in parts])
 
 
-def _prefill(parts: Sequence[Part], stage: PipelineStage, stream: Stream) -> None:
+def _prefill(parts: Sequence[Part], stage: ConnectedStage, stream: Stream) -> None:
     jobs = [(part, *bounds) for part in parts for bounds in part.chunks]
     asked = stage.expecting([(part.rows, end - start) for part, start, end in jobs])
     for part, start, end in jobs:
@@ -64,7 +64,7 @@ class Part:
 
     def __init__(
         self,
-        stage: PipelineStage,
+        stage: ConnectedStage,
         input_ids: torch.Tensor,
         others: dict[str, Any],
         sampler: Sampler,

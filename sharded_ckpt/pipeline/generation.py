@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -23,13 +23,11 @@ from transformers import (
 from transformers.generation import GenerationMode
 
 from patchers.errors import ConfigError
+from sharded_ckpt.pipeline.connected_stage import ConnectedStage
 from sharded_ckpt.pipeline.decoding import Part, Stream, decode
-from sharded_ckpt.pipeline.inputs import CACHES, cut, sizes_of
+from sharded_ckpt.pipeline.inputs import CACHES, MicroBatches, cut, fingerprint, require_runnable
+from sharded_ckpt.pipeline.micro_batches import rows_of_step
 from sharded_ckpt.pipeline.sampling import Sampler
-from sharded_ckpt.pipeline.step_times import measured_rows
-
-if TYPE_CHECKING:
-    from sharded_ckpt.pipeline.stage import PipelineStage
 
 _WITH_STATE = ("logits_processor", "stopping_criteria")
 _REFUSED = {
@@ -49,13 +47,30 @@ _MORE_THAN_IDS = (
 
 
 def generate(
-    stage: PipelineStage,
+    stage: ConnectedStage,
     inputs: torch.Tensor | None,
-    micro_batches: int | Sequence[int] | Literal["auto"],
+    micro_batches: MicroBatches,
     seed: int | None,
     options: Mapping[str, Any],
 ) -> torch.Tensor:
-    """Take prompts through the stages, as transformers' `generate` prepares them; see the stage's method."""
+    """Continue prompts, as transformers' `generate` prepares them. See `PipelineStage.generate`."""
+    with stage.collectively("generating"), torch.no_grad():
+        if stage.links is not None:
+            require_runnable(options, stage.shard.config)
+            told = {name: value for name, value in options.items() if name != "streamer"}
+            stage.links.compare(fingerprint({"input_ids": inputs, **told}, extra=[micro_batches, seed]))
+        made = _generate(stage, inputs, micro_batches, seed, options)
+        stage.conclude()
+    return made
+
+
+def _generate(
+    stage: ConnectedStage,
+    inputs: torch.Tensor | None,
+    micro_batches: MicroBatches,
+    seed: int | None,
+    options: Mapping[str, Any],
+) -> torch.Tensor:
     for name in _REFUSED:
         if options.get(name) is not None:
             raise ConfigError(f"{name} cannot be given to a pipeline's generate: it {_REFUSED[name]}")
@@ -63,10 +78,7 @@ def generate(
     given, options = _expanded(stage, prompts, options)
     generator = None if seed is None else torch.Generator(stage.runtime.device).manual_seed(seed)
     batch, length = given["input_ids"].shape
-    if isinstance(micro_batches, str):
-        rows = measured_rows(stage, batch, length)
-    else:
-        rows = sizes_of(micro_batches, batch)
+    rows = rows_of_step(stage, batch, length, micro_batches)
     parts = _prepared(stage, given, rows, options, generator)
     if len(parts) > 1 and not all(part.sampler.pads_or_stops_together for part in parts):
         # rows that have ended are not padded then, but go on until the last one ends
@@ -85,7 +97,7 @@ def _prompts(inputs: torch.Tensor | None, options: Mapping[str, Any]) -> tuple[t
 
 
 def _expanded(
-    stage: PipelineStage, inputs: torch.Tensor, options: Mapping[str, Any]
+    stage: ConnectedStage, inputs: torch.Tensor, options: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the tensors of every sequence that is to be made, and the options of any of them."""
     options = {"streamer": None, **_with_stop_strings(stage.shard, options)}
@@ -109,7 +121,7 @@ def _repeated(tensor: torch.Tensor, batch: int, times: int) -> torch.Tensor:
 
 
 def _prepared(
-    stage: PipelineStage,
+    stage: ConnectedStage,
     given: Mapping[str, torch.Tensor],
     rows: Sequence[int],
     options: Mapping[str, Any],

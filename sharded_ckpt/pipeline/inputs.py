@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import Cache, GenerationConfig, PreTrainedConfig
@@ -18,6 +18,9 @@ FINGERPRINTED = ("input_ids", "attention_mask", "position_ids", "other arguments
 
 CACHES = ("past_key_values", "cache_params")
 """Under which names a family's forward takes its cache."""
+
+MicroBatches = int | Sequence[int] | Literal["auto"]
+"""How many micro-batches, the rows of each, or "auto": those that are the fastest, by measuring."""
 
 _OF_ALL_BLOCKS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
@@ -60,7 +63,7 @@ def differing(one: torch.Tensor, other: torch.Tensor) -> list[str]:
     return [name for name, ours, theirs in pairs if ours != theirs]
 
 
-def sizes_of(micro_batches: int | Sequence[int], batch: int) -> list[int]:
+def sizes_of(micro_batches: MicroBatches, batch: int) -> list[int]:
     """Return how many rows each micro-batch has.
 
     Args:
@@ -68,12 +71,14 @@ def sizes_of(micro_batches: int | Sequence[int], batch: int) -> list[int]:
         batch: Rows altogether.
 
     Raises:
-        ConfigError: They are not the rows of this batch.
+        ConfigError: They are not the rows of this batch; or a text, such as "auto", where none is taken.
 
     Example:
         >>> sizes_of(3, 8), sizes_of(3, 2), sizes_of([5, 3], 8)
         ([3, 3, 2], [1, 1], [5, 3])
     """
+    if isinstance(micro_batches, str):
+        raise ConfigError(f"micro_batches is {micro_batches!r}; say how many, or the rows of each")
     if isinstance(micro_batches, int):
         if micro_batches < 1 or batch < 1:
             raise ConfigError(f"a batch of {batch} rows cannot be cut into {micro_batches} micro-batches")
@@ -85,18 +90,23 @@ def sizes_of(micro_batches: int | Sequence[int], batch: int) -> list[int]:
     return sizes
 
 
+def inseparable(inputs: Mapping[str, Any]) -> str | None:
+    """Return the name of an input that cannot be put together again if it is cut: a cache, or a loss's."""
+    return next((name for name in (*CACHES, "labels") if inputs.get(name) is not None), None)
+
+
 def require_separable(inputs: Mapping[str, Any], count: int) -> None:
     """Refuse to cut what cannot be put together again.
 
     Raises:
         ConfigError: There is a cache or a loss, and more than one micro-batch.
     """
-    for name in (*CACHES, "labels"):
-        if count > 1 and inputs.get(name) is not None:
-            raise ConfigError(
-                f"{name} cannot be cut into micro-batches: pass micro_batches=1, or use generate (which "
-                "keeps a cache for each), score or train_step"
-            )
+    name = inseparable(inputs)
+    if count > 1 and name is not None:
+        raise ConfigError(
+            f"{name} cannot be cut into micro-batches: pass micro_batches=1, or use generate (which keeps a "
+            "cache for each), score or train_step"
+        )
 
 
 def joined(outputs: Sequence[Any]) -> Any:

@@ -18,7 +18,7 @@ from sharded_ckpt.checkpoint.reader import open_checkpoint
 from sharded_ckpt.checkpoint.source import open_source, read_json
 
 if TYPE_CHECKING:
-    from sharded_ckpt.pipeline.stage import PipelineStage
+    from sharded_ckpt.pipeline.connected_stage import ConnectedStage
 
 _FILE = "scores.json"
 LOG_PROBS = "log_probs"
@@ -40,7 +40,7 @@ class Progress:
     sums: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def save_progress(stage: PipelineStage, directory: str | os.PathLike[str], progress: Progress) -> None:
+def save_progress(stage: ConnectedStage, directory: str | os.PathLike[str], progress: Progress) -> None:
     """Save what all ranks have added up, whole or not at all."""
     with stage.collectively("scoring"):
         stage.conclude()
@@ -52,7 +52,7 @@ def save_progress(stage: PipelineStage, directory: str | os.PathLike[str], progr
             save.write_json(_FILE, said)
 
 
-def read_progress(stage: PipelineStage, directory: str | os.PathLike[str]) -> Progress:
+def read_progress(stage: ConnectedStage, directory: str | os.PathLike[str]) -> Progress:
     """Read what this rank goes on from; nothing where nothing was saved.
 
     Raises:
@@ -74,7 +74,7 @@ def read_progress(stage: PipelineStage, directory: str | os.PathLike[str]) -> Pr
         return Progress(said["batches"], said["digest"], sums)
 
 
-def united(stage: PipelineStage, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def united(stage: ConnectedStage, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return, on every rank, the sums of all ranks."""
     links, head = stage.links, stage.lineup.head_rank
     if links is None:
@@ -95,11 +95,11 @@ def united(stage: PipelineStage, sums: Mapping[str, Tensor]) -> dict[str, Tensor
     return dict(zip(names, (tensor.cpu() for tensor in links.share(shared, len(names))), strict=True))
 
 
-def _model(stage: PipelineStage) -> dict[str, Any]:
+def _model(stage: ConnectedStage) -> dict[str, Any]:
     return {"model": stage.shard.config.name_or_path}
 
 
-def _is_mine(stage: PipelineStage, key: str) -> bool:
+def _is_mine(stage: ConnectedStage, key: str) -> bool:
     """Whether this rank adds to a sum: that of a block with its owner, all others with the head."""
     kind, _, index = key.rpartition(".")
     return int(index) in stage.body.blocks if kind not in ("", LOG_PROBS) else stage.is_last

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,14 @@ from torch.nn.functional import cosine_similarity, kl_div
 from patchers.errors import ConfigError
 from sharded_ckpt.children.choices import Scores
 from sharded_ckpt.pipeline.activation_statistics import FFN_CHANNELS, KV_HEADS, ActivationStatistics, add_up
-from sharded_ckpt.pipeline.inputs import cut, fingerprint, sizes_of
+from sharded_ckpt.pipeline.inputs import MicroBatches, cut, fingerprint
+from sharded_ckpt.pipeline.micro_batches import rows_of_pass
 from sharded_ckpt.pipeline.score_sums import LOG_PROBS, Progress, read_progress, save_progress, united
 from sharded_ckpt.pipeline.training_step import separated
 from sharded_ckpt.progress import unit_progress
 
 if TYPE_CHECKING:
-    from sharded_ckpt.pipeline.stage import PipelineStage
+    from sharded_ckpt.pipeline.connected_stage import ConnectedStage
 
 _IGNORED = -100  # transformers' label of tokens that do not count
 _LOSS, _KL, _COSINE = "loss", "kl", "cosine"
@@ -59,11 +60,11 @@ class ScoreResult:
 
 
 def score(
-    stage: PipelineStage,
+    stage: ConnectedStage,
     dataset: Iterable[Mapping[str, Any]],
     *,
-    micro_batches: int | Sequence[int] = 1,
-    teacher: PipelineStage | None = None,
+    micro_batches: MicroBatches = 1,
+    teacher: ConnectedStage | None = None,
     activations: bool = False,
     resume_dir: str | os.PathLike[str] | None = None,
     save_every: int = 64,
@@ -95,7 +96,7 @@ def score(
 def _scored(
     scoring: _Scoring,
     dataset: Iterable[Mapping[str, Any]],
-    micro_batches: int | Sequence[int],
+    micro_batches: MicroBatches,
     done: Progress,
 ) -> Iterator[tuple[int, str]]:
     """Score batch by batch, and yield how many are done, and a digest of their content."""
@@ -131,8 +132,8 @@ class _Scoring:
 
     def __init__(
         self,
-        stage: PipelineStage,
-        teacher: PipelineStage | None,
+        stage: ConnectedStage,
+        teacher: ConnectedStage | None,
         activations: bool,
         sums: dict[str, Tensor],
     ) -> None:
@@ -140,12 +141,13 @@ class _Scoring:
         blocks = stage.body.blocks if activations else ()
         self._statistics = ActivationStatistics(stage.shard, stage.descriptor, blocks, sums)
 
-    def run(self, batch: Mapping[str, Any], micro_batches: int | Sequence[int]) -> None:
+    def run(self, batch: Mapping[str, Any], micro_batches: MicroBatches) -> None:
         """Let a batch go through, in micro-batches."""
         stage = self.stage
         inputs, _ = separated(stage.shard, batch)
-        sizes = sizes_of(micro_batches, batch["input_ids"].shape[0])
-        parts = stage.prepared({**inputs, "use_cache": False}, sizes)
+        here = stage.admit({**inputs, "use_cache": False}, extra=micro_batches)
+        sizes = rows_of_pass(stage, here, micro_batches)
+        parts = list(cut(here, sizes))
         labels = [part["labels"] for part in cut({**batch, "labels": _labels(batch)}, sizes)]
         shapes = [part["input_ids"].shape for part in parts]
         # with a teacher, hidden states of two models come in turns, and cannot be asked for ahead
@@ -162,7 +164,7 @@ class _Scoring:
             if stage.is_last:
                 self._read(passed.logits, of_part.to(stage.runtime.device), taught)
 
-    def _run(self, stage: PipelineStage, part: Mapping[str, Any]) -> _Seen:
+    def _run(self, stage: ConnectedStage, part: Mapping[str, Any]) -> _Seen:
         if stage is self._teacher:
             stage.expect(part["input_ids"].shape)
         seen: dict[int, Tensor] = {}

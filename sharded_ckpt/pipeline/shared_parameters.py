@@ -17,8 +17,8 @@ from patchers.errors import ConfigError
 from sharded_ckpt.model import build_skeleton
 
 if TYPE_CHECKING:
+    from sharded_ckpt.pipeline.connected_stage import ConnectedStage
     from sharded_ckpt.pipeline.links import Links
-    from sharded_ckpt.pipeline.stage import PipelineStage
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SharedParameter:
     local: nn.Parameter | None
 
 
-def shared_parameters(stage: PipelineStage) -> tuple[SharedParameter, ...]:
+def shared_parameters(stage: ConnectedStage) -> tuple[SharedParameter, ...]:
     """Find the parameters that several ranks hold, in one order on all ranks. Collective.
 
     Raises:

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from patchers.descriptor import ModelDescriptor
-from sharded_ckpt.checkpoint.coordinator import together
-from sharded_ckpt.pipeline.body import Passed, Received, StageBody
-from sharded_ckpt.pipeline.failure import failing_together
-from sharded_ckpt.pipeline.inputs import (
-    cut,
-    fingerprint,
-    joined,
-    require_runnable,
-    require_separable,
-    sizes_of,
-)
-from sharded_ckpt.pipeline.lineup import Lineup, require_own_keys
-from sharded_ckpt.pipeline.links import Links
+from sharded_ckpt.pipeline.connected_stage import ConnectedStage
+from sharded_ckpt.pipeline.forward import forward
+from sharded_ckpt.pipeline.generation import generate
+from sharded_ckpt.pipeline.inputs import MicroBatches
 from sharded_ckpt.pipeline.scoring import ScoreResult, score
-from sharded_ckpt.pipeline.shared_parameters import SharedParameter, shared_parameters
 from sharded_ckpt.pipeline.training_step import LossFunction, clip_grad_norm_, train_step
-from sharded_ckpt.runtime import as_runtime
 
 
-class PipelineStage:
+class PipelineStage(ConnectedStage):
     """This rank's stage of a pipeline over all ranks, each of which makes one out of its shard.
 
     Every method is to be called on every rank with the same arguments; only hidden states travel from rank
@@ -64,47 +48,12 @@ class PipelineStage:
         torch.Size([1, 3, 128])
     """
 
-    def __init__(
-        self,
-        model_shard: PreTrainedModel,
-        runtime: Any = None,
-        *,
-        descriptor: ModelDescriptor | str = "auto",
-    ) -> None:
-        self.shard, self.runtime = model_shard, as_runtime(runtime)
-        control = self.runtime.control
-        with together(control, "making the stages of a pipeline"):
-            self.descriptor = ModelDescriptor.of(descriptor, model_shard.config)
-            self.body = StageBody(model_shard, self.descriptor)
-            described = [list(self.body.blocks), model_shard.config.num_hidden_layers]
-        told = control.gather(described, "lining up the stages of a pipeline")
-        self.lineup = Lineup(tuple(tuple(owned) for owned, _ in told), max(count for _, count in told))
-        self.links: Links | None = None
-        with together(control, "connecting the stages of a pipeline"):
-            require_own_keys(self.lineup, model_shard.config)
-            if self.runtime.world_size > 1:
-                self.links = Links(self.lineup, self.runtime)
-
-    def __repr__(self) -> str:
-        blocks = self.lineup.owned[self.runtime.global_rank]
-        return f"PipelineStage(rank {self.runtime.global_rank} of {self.runtime.world_size}, blocks {blocks})"
-
-    @property
-    def is_first(self) -> bool:
-        """Whether hidden states start here."""
-        return bool(self.body.blocks) and self.body.blocks[0] == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this rank has the head."""
-        return self.runtime.global_rank == self.lineup.head_rank
-
     def __call__(
         self,
         input_ids: torch.Tensor,
         *,
         broadcast: bool = False,
-        micro_batches: int | Sequence[int] = 1,
+        micro_batches: MicroBatches = 1,
         **inputs: Any,
     ) -> Any:
         """Run the model, without gradients, on the same inputs on every rank.
@@ -114,8 +63,9 @@ class PipelineStage:
         Args:
             input_ids: `(batch, tokens)`.
             broadcast: Whether all ranks are to get the logits `(batch, tokens, vocabulary)`.
-            micro_batches: Into how many parts the batch is cut so that all stages work at once, or the number
-                of rows of each.
+            micro_batches: Into how many parts the batch is cut so that all stages work at once, the number of
+                rows of each, or "auto": the cut that is the fastest, by running parts of the batch first (one
+                part where there is a cache or a loss).
             **inputs: What the model's forward takes besides (`attention_mask`, `position_ids`,
                 `past_key_values`, …). A cache is this rank's own.
 
@@ -127,22 +77,13 @@ class PipelineStage:
             CollectiveError: On all ranks: the inputs differ between ranks, or a rank failed or was lost.
         """
         given = {"input_ids": input_ids, **inputs}
-        with self.collectively("running the pipeline"), torch.no_grad():
-            parts = self.prepared(given, micro_batches, extra=broadcast)
-            shapes = [part["input_ids"].shape for part in parts]
-            passes = zip(parts, self.expecting(shapes), strict=True)
-            outputs = [self.run(part).output for part, _ in passes if self.body.blocks]
-            result = joined(outputs) if self.is_last else None
-            if broadcast and self.links is not None:
-                result = self._broadcast(result, self.links, inputs.get("labels") is not None)
-            self.conclude()
-        return result
+        return forward(self, given, broadcast=broadcast, micro_batches=micro_batches)
 
     def generate(
         self,
         inputs: torch.Tensor | None = None,
         *,
-        micro_batches: int | Sequence[int] | Literal["auto"] = 1,
+        micro_batches: MicroBatches = 1,
         seed: int | None = None,
         **options: Any,
     ) -> torch.Tensor:
@@ -168,16 +109,7 @@ class PipelineStage:
             ConfigError: Something other than token ids, or another way of generating, was asked for.
             CollectiveError: On all ranks: the inputs differ between ranks, or a rank failed or was lost.
         """
-        from sharded_ckpt.pipeline.generation import generate
-
-        with self.collectively("generating"), torch.no_grad():
-            if self.links is not None:
-                require_runnable(options, self.shard.config)
-                told = {name: value for name, value in options.items() if name != "streamer"}
-                self.links.compare(fingerprint({"input_ids": inputs, **told}, extra=[micro_batches, seed]))
-            made = generate(self, inputs, micro_batches, seed, options)
-            self.conclude()
-        return made
+        return generate(self, inputs, micro_batches, seed, options)
 
     def train_step(
         self,
@@ -242,7 +174,7 @@ class PipelineStage:
         self,
         dataset: Iterable[Mapping[str, Any]],
         *,
-        micro_batches: int | Sequence[int] = 1,
+        micro_batches: MicroBatches = 1,
         teacher: PipelineStage | None = None,
         activations: bool = False,
         resume_dir: str | os.PathLike[str] | None = None,
@@ -256,7 +188,7 @@ class PipelineStage:
         Args:
             dataset: Batches, the same on every rank: `input_ids` `(batch, tokens)` and what else the forward
                 takes. `labels` say which tokens count; by default all that `attention_mask` does not hide.
-            micro_batches: Into how many parts each batch is cut, or the rows of each.
+            micro_batches: Into how many parts each batch is cut, the rows of each, or "auto".
             teacher: The stage of another model with the same blocks on the same ranks, to compare with:
                 divergence of the next token, and cosines of the hidden states after each block.
             activations: Whether to measure how much each FFN channel and each KV head adds to the residual
@@ -290,103 +222,3 @@ class PipelineStage:
             save_every=save_every,
             progress=progress,
         )
-
-    @functools.cached_property
-    def shared_parameters(self) -> tuple[SharedParameter, ...]:
-        """The parameters of which several ranks hold copies; collective when it is first asked for."""
-        return shared_parameters(self)
-
-    def prepared(
-        self, inputs: Mapping[str, Any], micro_batches: int | Sequence[int] = 1, *, extra: Any = None
-    ) -> list[dict[str, Any]]:
-        """Check that all ranks were given the same inputs, move them here, and cut them into micro-batches.
-
-        Args:
-            inputs: What the model's forward takes. `labels` stay on the rank of the head only.
-            micro_batches: How many, or the rows of each.
-            extra: What else must be the same on all ranks, as plain data.
-
-        Raises:
-            ConfigError: The arguments cannot be right on any stage.
-            CollectiveError: The inputs differ between ranks.
-        """
-        if self.links is not None:
-            require_runnable(inputs, self.shard.config)
-        sizes = sizes_of(micro_batches, inputs["input_ids"].shape[0])
-        require_separable(inputs, len(sizes))
-        if self.links is not None:
-            self.links.compare(fingerprint(inputs, extra=[sizes, extra]))
-        here = {name: _here(value, self.runtime.device) for name, value in inputs.items()}
-        if not self.is_last:
-            here.pop("labels", None)
-        return list(cut(here, sizes))
-
-    def expect(self, shape: Sequence[int]) -> None:
-        """Ask the stage before for the hidden states of a pass, without waiting; they come in this order.
-
-        Args:
-            shape: Of the pass's `input_ids`.
-        """
-        if self.links is not None and self.links.before is not None:
-            self.links.before.expect(tuple(shape))
-
-    def expecting(self, shapes: Sequence[Sequence[int]], ahead: int = 2) -> Iterator[None]:
-        """Yield before each of some passes, having asked for its hidden states and those of the next ones."""
-        for shape in shapes[:ahead]:
-            self.expect(shape)
-        for index in range(len(shapes)):
-            for shape in shapes[index + ahead : index + ahead + 1]:
-                self.expect(shape)
-            yield
-
-    def run(
-        self,
-        inputs: Mapping[str, Any],
-        *,
-        head: bool = True,
-        arriving: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ) -> Passed:
-        """Run this stage once: take the hidden states that are expected next, run the blocks, send them on.
-
-        Args:
-            inputs: Of one micro-batch, as `prepared` gives them, after `expect` or `expecting`.
-            head: Whether the last stage is to compute its head, too.
-            arriving: Given the hidden states that arrive, returns those to start from.
-        """
-        links = self.links
-        received = links.before.take if links is not None and links.before is not None else None
-        if received is not None and arriving is not None:
-            received = _then(received, arriving)
-        passed = self.body.run(inputs, received, head=head)
-        if links is not None and links.after is not None:
-            links.after.send(tuple(inputs["input_ids"].shape), passed.hidden_states)
-        return passed
-
-    def conclude(self) -> None:
-        """Return when all ranks have done their work; until then one could still fail."""
-        if self.links is not None:
-            self.links.conclude()
-
-    def collectively(self, doing: str) -> AbstractContextManager[None]:
-        """Return a context in which an error of one rank becomes one of all, which names that rank.
-
-        Args:
-            doing: What is being done, in the same words on all ranks.
-        """
-        return failing_together(self.runtime, self.links, doing)
-
-    def _broadcast(self, output: Any, links: Links, has_loss: bool) -> Any:
-        """Return, on every rank, an output like that of the last stage, with its logits and its loss."""
-        names = ["logits", "loss"] if has_loss else ["logits"]
-        told = links.share(None if output is None else [output[name] for name in names], len(names))
-        if output is not None:
-            return output
-        return CausalLMOutputWithPast(logits=told[0], loss=told[1] if has_loss else None)
-
-
-def _then(received: Received, arriving: Callable[[torch.Tensor], torch.Tensor]) -> Received:
-    return lambda: arriving(received())
-
-
-def _here(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value

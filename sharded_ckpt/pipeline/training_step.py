@@ -19,7 +19,7 @@ from sharded_ckpt.pipeline.one_f_one_b import one_forward_one_backward
 from sharded_ckpt.pipeline.shared_parameters import SharedParameter, sum_gradients
 
 if TYPE_CHECKING:
-    from sharded_ckpt.pipeline.stage import PipelineStage
+    from sharded_ckpt.pipeline.connected_stage import ConnectedStage
     from sharded_ckpt.pipeline.wire import Arrival
 
 LossFunction = Callable[..., torch.Tensor]
@@ -29,7 +29,7 @@ _IGNORED = -100  # transformers' label of tokens that do not count
 
 
 def train_step(
-    stage: PipelineStage,
+    stage: ConnectedStage,
     batch: Mapping[str, Any],
     loss_fn: LossFunction | None = None,
     *,
@@ -41,7 +41,7 @@ def train_step(
     sizes = sizes_of(micro_batches, batch["input_ids"].shape[0])
     with stage.collectively("a training step"), torch.enable_grad():
         _require_here(stage.shard)
-        parts = stage.prepared({**inputs, "use_cache": False}, sizes)
+        parts = list(cut(stage.admit({**inputs, "use_cache": False}, extra=sizes), sizes))
         with _set_aside(stage.shared_parameters):
             passes = _Passes(stage, _Loss(stage, loss_fn, others, num_items_in_batch))
             losses = passes.run(parts, list(cut({**others, "input_ids": batch["input_ids"]}, sizes)))
@@ -54,7 +54,7 @@ def train_step(
     return shared[0] if shared else torch.zeros(())
 
 
-def clip_grad_norm_(stage: PipelineStage, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+def clip_grad_norm_(stage: ConnectedStage, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
     """Clip by the norm over all ranks. See `PipelineStage.clip_grad_norm_`."""
     rank = stage.runtime.global_rank
     elsewhere = {id(p.local) for p in stage.shared_parameters if p.ranks[0] != rank}
@@ -86,7 +86,7 @@ class _Loss:
     """What the rank of the head computes of the logits."""
 
     def __init__(
-        self, stage: PipelineStage, given: LossFunction | None, others: Mapping[str, Any], count: int | None
+        self, stage: ConnectedStage, given: LossFunction | None, others: Mapping[str, Any], count: int | None
     ) -> None:
         self._stage, self._given, self._count = stage, given, count
         if not stage.is_last:
@@ -137,7 +137,7 @@ class _Pass:
 class _Passes:
     """The passes of one training step through this rank's stage."""
 
-    def __init__(self, stage: PipelineStage, loss: _Loss) -> None:
+    def __init__(self, stage: ConnectedStage, loss: _Loss) -> None:
         self._stage, self._loss = stage, loss
         rank, lineup = stage.runtime.global_rank, stage.lineup
         self._before, self._after = lineup.before(rank), lineup.after(rank)
