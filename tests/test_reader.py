@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from support.raw_files import file_bytes, header_json, write_checkpoint, write_index
 
 from patchers.errors import CheckpointError, ConfigError, MissingKeysError
+from sharded_ckpt.checkpoint import host_memory
 from sharded_ckpt.checkpoint.index import INDEX_FILE, open_index
 from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.reader import CheckpointReader, open_checkpoint
@@ -325,6 +326,19 @@ class TestRing:
 
     def test_is_not_pinned_where_there_is_nothing_to_pin_for(self) -> None:
         assert not StagingRing(torch.device("cpu"), slots=1, slot_bytes=16).is_pinned
+
+    def test_memory_that_cannot_be_pinned_is_ordinary_and_that_is_said_once(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        host_memory._say_once.cache_clear()
+        buffers = [host_memory.pinned_buffer(16) for _ in range(3)]
+        said = [record.getMessage() for record in caplog.records]
+        assert all(buffer.nbytes == 16 for buffer in buffers)
+        assert [buffer.is_pinned() for buffer in buffers] == [torch.accelerator.is_available()] * 3
+        assert len(said) == (0 if torch.accelerator.is_available() else 1)
+        assert all(
+            "host memory cannot be pinned, so copies from and to devices are slower" in s for s in said
+        )
 
     @pytest.mark.parametrize("ring", [True, False])
     def test_raises_the_error_of_a_reading_thread(self, large: Path, tmp_path: Path, ring: bool) -> None:

@@ -95,12 +95,10 @@ class Staging:
 
     def copy(self, piece: torch.Tensor) -> memoryview:
         """Return the bytes of a tensor, at a place of their own."""
-        import torch
+        from sharded_ckpt.checkpoint.host_memory import host_buffer
 
         if self._buffer is None:
-            # Pinned memory is what devices copy into at full speed.
-            pinned = piece.device.type != "cpu" and torch.accelerator.is_available()
-            self._buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+            self._buffer = host_buffer(STAGING_BYTES, piece.device)
         taken = self._buffer[self._used : self._used + piece.nbytes]
         taken.view(piece.dtype).view(piece.shape).copy_(piece)
         self._used += -(-piece.nbytes // _STAGING_ALIGNMENT) * _STAGING_ALIGNMENT

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from sharded_ckpt.checkpoint.host_memory import host_buffer
 from sharded_ckpt.checkpoint.shard import Plan, Progress, Shard
 from sharded_ckpt.checkpoint.tensors import Casting, dtype_of, shape_of
 from sharded_ckpt.checkpoint.windows import Items, Window, cut_windows
@@ -102,7 +103,8 @@ class StagingRing:
         self.device = device
         self.slot_bytes = slot_bytes
         self._threads = threads
-        self.buffers, self.is_pinned = _allocate(device, slots, slot_bytes + _ALIGNMENT)
+        self.buffers = [host_buffer(slot_bytes + _ALIGNMENT, device) for _ in range(slots)]
+        self.is_pinned = device.type != "cpu" and all(buffer.is_pinned() for buffer in self.buffers)
         self._stream = None if device.type == "cpu" else torch.Stream(device=device)
         self._events: list[torch.Event | None] = [None] * slots
 
@@ -170,14 +172,3 @@ def _finish(job: tuple[Window, int, Future[None]]) -> tuple[Window, int]:
     window, slot, future = job
     future.result()
     return window, slot
-
-
-def _allocate(device: torch.device, slots: int, size: int) -> tuple[list[torch.Tensor], bool]:
-    """Return buffers, and whether they are pinned."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None and device.type == accelerator.type:
-        try:
-            return [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(slots)], True
-        except (RuntimeError, NotImplementedError):  # not every accelerator has pinned memory
-            pass
-    return [torch.empty(size, dtype=torch.uint8) for _ in range(slots)], False

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sharded_ckpt.checkpoint.host_memory import host_buffer
 from sharded_ckpt.checkpoint.raw import bytes_of
 
 _ALIGNMENT = 64  # bytes; enough for every dtype, and a line of the cache
@@ -87,8 +88,8 @@ class HostBuffers:
             self.fd = fd = _anonymous_file(nbytes)
             self._memory = torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
         else:
-            pinned = torch.accelerator.is_available()
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+            device = torch.accelerator.current_accelerator() or torch.device("cpu")
+            self._memory = host_buffer(nbytes, device)
 
     def _copy(self, tensor: Tensor, begin: int) -> Tensor:
         raw = self._memory[begin : begin + tensor.nbytes]
