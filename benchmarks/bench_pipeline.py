@@ -3,9 +3,13 @@
 Both sit in the same two processes, with one thread each, and take turns; every turn begins together. The
 bound is what the hardware gives: the two processes run the whole model side by side, independently, at the
 sizes of the micro-batches. Rounds in which a process waited for a processor for more than a tenth of its
-running time are discarded.
+running time are discarded. Ratios are medians of those within rounds.
 
-    python benchmarks/bench_pipeline.py --cases prefill 1 8 64 128
+"curve" measures a step of one half of the model by its rows, alone and with the other half beside it. "plan"
+runs a heterogeneous model, with the same number of blocks on each rank and as the planner shares them out by
+measured times, and compares the ratio with the one that the planner predicts.
+
+    python benchmarks/bench_pipeline.py --cases prefill 1 8 64 128 curve plan
 """
 
 from __future__ import annotations
@@ -15,18 +19,28 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.distributed import DistributedConfig
 from transformers.generation import BaseStreamer
 
-from sharded_ckpt import PipelineStage, default_runtime, load_and_shard_model
+from patchers import AttentionConfig, BlockConfig, FFNConfig
+from sharded_ckpt import (
+    PipelineStage,
+    create_sharded_model,
+    default_runtime,
+    load_and_shard_model,
+    plan_ownership,
+)
+from sharded_ckpt.ownership import OwnershipPlan, measure_block_times
 from sharded_ckpt.pipeline.micro_batches import rows_of_step
 
 CONFIG = {
@@ -40,6 +54,14 @@ CONFIG = {
 PROMPT = {1: 32, 8: 32, 64: 8, 128: 8}
 STEPS = 16
 PREFILL = (8, 256)
+CURVE = (1, 2, 3, 4, 8, 12, 16, 32, 64, 128)
+LARGE, SMALL = BlockConfig(ffn=FFNConfig(5632)), BlockConfig(AttentionConfig(no_op=True), FFNConfig(1024))
+BLOCKS = [LARGE] * 8 + [SMALL] * 12
+STREAM = (24, 128)  # rows, one in each micro-batch, and tokens
+
+Methods = dict[str, Callable[[], float]]
+Rounds = list[dict[str, float]]
+"""Seconds of each method in each fair round, on the slower rank."""
 
 
 class Clock(BaseStreamer):
@@ -91,9 +113,9 @@ def waited() -> tuple[float, float]:
     return int(run) / 1e9, int(wait) / 1e9
 
 
-def rounds(methods: dict[str, Callable[[], float]], count: int) -> dict[str, float]:
-    """Return the median of every method over the rounds in which no rank was kept waiting."""
-    found: dict[str, list[float]] = {name: [] for name in methods}
+def rounds(methods: Methods, count: int) -> Rounds:
+    """Return what every method took in the rounds in which no rank was kept waiting."""
+    found: Rounds = []
     for number in range(-1, 3 * count):
         ran, stood = waited()
         seconds = {}
@@ -105,74 +127,175 @@ def rounds(methods: dict[str, Callable[[], float]], count: int) -> dict[str, flo
         dist.all_gather_object(said, (stood / (ran + stood), seconds))
         if number < 0 or max(share for share, _ in said) > 0.1:
             continue  # the first one warms up
-        for name in methods:
-            found[name].append(max(each[name] for _, each in said))
-        if len(found[name]) == count:
+        found.append({name: max(each[name] for _, each in said) for name in methods})
+        if len(found) == count:
             break
-    return {name: statistics.median(values) for name, values in found.items()} if found[name] else {}
+    return found
 
 
-def rank_main(rank: int, folder: str, cases: list[str], count: int) -> None:
+def median(found: Rounds, of: Callable[[dict[str, float]], float]) -> float:
+    """Return the median over the rounds of a figure of each."""
+    return round(statistics.median(map(of, found)), 4)
+
+
+class Ranks:
+    """What both ranks hold while they are compared.
+
+    Args:
+        folder: Where the model is.
+        count: Fair rounds of each case.
+    """
+
+    def __init__(self, folder: str, count: int) -> None:
+        self.folder, self.count = folder, count
+        self.runtime = default_runtime(device="cpu")
+        self.stage = PipelineStage(load_and_shard_model("auto", folder, runtime=self.runtime), self.runtime)
+        config = DistributedConfig(pp_size=2)
+        self.native = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
+        self.whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def say(self, **figures: Any) -> None:
+        """Print figures once."""
+        if self.runtime.is_main_process:
+            print(json.dumps(figures), flush=True)
+
+    def prefill(self) -> None:
+        """Compare a forward pass over prompts."""
+        batch, length = PREFILL
+        ids, rows = torch.randint(4, 32000, (batch, length)), [2] * 4
+        methods = {
+            "ours": calling(self.stage, ids, micro_batches=rows),
+            "native": calling(self.native, ids),
+            "alone, 2 rows": calling(self.whole, ids[:2]),
+        }
+        self.compare("prefill", methods, batch * length, rows)
+
+    def decode(self, batch: int) -> None:
+        """Compare steps of decoding."""
+        length = PROMPT[batch]
+        ids = torch.randint(4, 32000, (batch, length))
+        with torch.no_grad():
+            rows = rows_of_step(self.stage, batch, length + STEPS)
+        methods = {
+            "ours": generating(self.stage.generate, ids, micro_batches=rows),
+            "native": generating(self.native.generate, ids),
+        }
+        methods |= {f"alone, {r} rows": generating(self.whole.generate, ids[:r]) for r in sorted({*rows})}
+        self.compare(str(batch), methods, batch, rows)
+
+    def compare(self, case: str, methods: Methods, tokens: int, rows: Sequence[int]) -> None:
+        """Print tokens a second of both, and how far from those of two processes side by side."""
+        found = rounds(methods, self.count)
+        if not found:
+            return self.say(case=case, rows=rows, rounds=0)
+
+        def bound(seconds: dict[str, float]) -> float:
+            return sum(seconds[f"alone, {r} rows"] for r in rows) / 2
+
+        self.say(
+            case=case,
+            rows=rows,
+            ours=median(found, lambda s: tokens / s["ours"]),
+            native=median(found, lambda s: tokens / s["native"]),
+            ratio=median(found, lambda s: s["native"] / s["ours"]),
+            bound=median(found, lambda s: s["native"] / bound(s)),
+            of_the_bound=median(found, lambda s: bound(s) / s["ours"]),
+            rounds=len(found),
+        )
+
+    def curve(self) -> None:
+        """Print the milliseconds of a step of each rank's half, by rows: alone, and both at once."""
+        inputs = {rows: self.step(rows) for rows in CURVE}
+        body, rank = self.stage.body, self.runtime.global_rank
+        methods: Methods = {}
+        for rows in CURVE:
+            for who in (0, 1, None):
+                runs = partial(timed, body.run, inputs[rows]) if who in (rank, None) else lambda: 0.0
+                methods[f"{rows} {'both' if who is None else who}"] = runs
+        with torch.no_grad():
+            found = rounds(methods, 2 * self.count)
+        for who in ("0", "1", "both"):
+            names = {rows: f"{rows} {who}" for rows in CURVE}
+            ms = {rows: 1e3 * median(found, itemgetter(name)) for rows, name in names.items()}
+            self.say(case="curve", rank=who, ms=ms, rounds=len(found))
+
+    def step(self, rows: int) -> dict[str, Any]:
+        """Return the inputs of a step of decoding, 32 tokens in."""
+        cache = DynamicCache(config=self.stage.shard.config)
+        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        with torch.no_grad():
+            self.stage.body.run({"input_ids": torch.zeros(rows, 32, dtype=torch.int64), **options})
+        return {"input_ids": torch.zeros(rows, 1, dtype=torch.int64), **options}
+
+    def plan(self) -> None:
+        """Compare the min-max split by time with the even one by count, on blocks that differ."""
+        rows, length = STREAM
+        config = LlamaConfig(**{**CONFIG, "vocab_size": 2048})
+        times = measure_block_times(config, length=length, block_configs=BLOCKS, device="cpu")
+        told = self.runtime.control.gather([list(times.blocks), times.head], "comparing measured times")
+        blocks = [statistics.mean(pair) for pair in zip(*(blocks for blocks, _ in told), strict=True)]
+        head = statistics.mean(head for _, head in told)
+        even, planned = (plan_ownership(blocks, 2, last=head, split=split) for split in ("even", "min-max"))
+        ids = torch.randint(4, 2048, (rows, length))
+        found = rounds(
+            {
+                name: calling(self.of_blocks(config, plan), ids, micro_batches=rows)
+                for name, plan in {"even": even, "min-max": planned}.items()
+            },
+            self.count,
+        )
+        predicted = max(even.totals) / max(planned.totals)
+        measured = median(found, lambda s: s["even"] / s["min-max"]) if found else 0.0
+        self.say(
+            case="plan",
+            blocks=[[len(run) for run in plan.blocks] for plan in (even, planned)],
+            predicted=round(predicted, 3),
+            measured=measured,
+            of_predicted=round(measured / predicted, 3),
+            rounds=len(found),
+        )
+
+    def of_blocks(self, config: LlamaConfig, plan: OwnershipPlan) -> PipelineStage:
+        """Return this rank's stage of a new model of `BLOCKS`."""
+        mine = plan.blocks[self.runtime.global_rank]
+        shard = create_sharded_model(self.runtime, "llama", config, mine, device="cpu", block_configs=BLOCKS)
+        return PipelineStage(shard, self.runtime)
+
+
+def timed(run: Callable[..., Any], *arguments: Any) -> float:
+    """Return the seconds that a call takes."""
+    began = time.perf_counter()
+    run(*arguments)
+    return time.perf_counter() - began
+
+
+def rank_main(rank: int, meeting: str, folder: str, cases: list[str], count: int) -> None:
     """Measure all cases on one of two ranks."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    runtime = default_runtime(device="cpu")
-    stage = PipelineStage(load_and_shard_model("auto", f"{folder}/model", runtime=runtime), runtime)
-    config = DistributedConfig(pp_size=2)
-    native = AutoModelForCausalLM.from_pretrained(f"{folder}/model", distributed_config=config).eval()
-    whole = AutoModelForCausalLM.from_pretrained(f"{folder}/model").eval()
+    dist.init_process_group("gloo", init_method=f"file://{meeting}/meeting", rank=rank, world_size=2)
+    ranks = Ranks(folder, count)
     for case in cases:
         torch.manual_seed(0)
-        if case == "prefill":
-            batch, length = PREFILL
-            ids = torch.randint(4, 32000, (batch, length))
-            methods = {
-                "ours": calling(stage, ids, micro_batches=4),
-                "native": calling(native, ids),
-                "alone of 2 rows": calling(whole, ids[:2]),
-            }
-            tokens, rows = batch * length, [2] * 4
-        else:
-            batch, length = int(case), PROMPT[int(case)]
-            ids = torch.randint(4, 32000, (batch, length))
-            with torch.no_grad():
-                rows = rows_of_step(stage, batch, length)
-            methods = {
-                "ours": generating(stage.generate, ids, micro_batches=rows),
-                "native": generating(native.generate, ids),
-            }
-            methods |= {f"alone of {r} rows": generating(whole.generate, ids[:r]) for r in sorted({*rows})}
-            tokens = batch
-        medians = rounds(methods, count)
-        if rank == 0:
-            report(case, tokens, rows, medians)
+        ranks.decode(int(case)) if case.isdecimal() else getattr(ranks, case)()
     dist.destroy_process_group()
 
 
-def report(case: str, tokens: int, rows: list[int], medians: dict[str, float]) -> None:
-    """Print tokens a second of both, and of the two processes side by side."""
-    if not medians:
-        print(json.dumps({"case": case, "rows": rows, "fair rounds": 0}), flush=True)
-        return
-    ours, native = tokens / medians["ours"], tokens / medians["native"]
-    bound = 2 * tokens / sum(medians[f"alone of {r} rows"] for r in rows)
-    figures = {"ours": ours, "native": native, "ratio": ours / native, "of the bound": ours / bound}
-    told = {name: round(value, 2) for name, value in figures.items()}
-    print(json.dumps({"case": case, "rows": rows, **told}), flush=True)
-
-
 def main() -> None:
-    """Write the model, and start both ranks."""
+    """Write the model, unless it is there, and start both ranks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", nargs="+", default=["prefill", "1", "8", "64", "128"])
+    choices = ["prefill", *map(str, PROMPT), "curve", "plan"]
+    parser.add_argument("--cases", nargs="+", choices=choices, default=choices)
     parser.add_argument("--rounds", type=int, default=3, help="fair rounds of each case")
+    parser.add_argument("--folder", type=Path, help="keep the model (1.3 GB) here, for other runs")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG)).save_pretrained(f"{folder}/model")
-        mp.spawn(rank_main, (folder, arguments.cases, arguments.rounds), nprocs=2)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = arguments.folder or Path(scratch) / "model"
+        if not (folder / "config.json").exists():
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG)).save_pretrained(folder)
+        mp.spawn(rank_main, (scratch, str(folder), arguments.cases, arguments.rounds), nprocs=2)
 
 
 if __name__ == "__main__":

@@ -6,29 +6,21 @@ from collections.abc import Sequence
 
 import pytest
 from support.families import TEXT_FAMILIES, VISION_FAMILIES
-from support.family_ranks import compared_over_ranks, kinds_with_no_op_at
+from support.family_ranks import Case, compared_over_ranks
 from support.gloo import Gloo
 
 FAMILIES = sorted({*TEXT_FAMILIES, *VISION_FAMILIES})
-SHARE = 12  # families of one job: each of its ranks imports torch's half once, and every family's module
+JOBS = 12  # each imports the modules of its families once, on every rank
 
-
-def shares() -> list[list[str]]:
-    return [FAMILIES[at::SHARE] for at in range(SHARE)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("families", shares(), ids=" ".join)
-def test_homogeneous(gloo: Gloo, families: Sequence[str]) -> None:
-    owned = [[0], [1, 2], [3]]
-    for found in gloo.run_ok(compared_over_ranks, families, owned, None, False, world_size=3, timeout=300):
-        assert found == {}
+CASES = {
+    "native, three stages": Case([[0], [1, 2], [3]]),
+    "native, tied": Case([[0, 1], [2, 3], []], tied=True, rows=(1, 1, 1)),
+    "of all kinds, a rank that owns nothing": Case([[0, 1], [], [2, 3]], without_attention=2),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("families", shares(), ids=" ".join)
-def test_heterogeneous(gloo: Gloo, families: Sequence[str]) -> None:
-    owned = [[0, 1], [], [2, 3]]
-    kinds = {family: kinds_with_no_op_at(family, 2) for family in families}
-    for found in gloo.run_ok(compared_over_ranks, families, owned, kinds, False, world_size=3, timeout=300):
+@pytest.mark.parametrize("families", [FAMILIES[at::JOBS] for at in range(JOBS)], ids=" ".join)
+def test_logits_and_tokens_are_those_of_one_process(gloo: Gloo, families: Sequence[str]) -> None:
+    for found in gloo.run_ok(compared_over_ranks, families, CASES, world_size=3, timeout=240):
         assert found == {}

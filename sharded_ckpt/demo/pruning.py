@@ -15,7 +15,7 @@ class Pruning:
 
     Attributes:
         dropped: The sub-blocks that are gone.
-        half_ffn: Blocks whose FFN has half the channels: those of the largest weight norm.
+        half_ffn: Blocks whose FFN has half the channels: those that add the most in the parent.
 
     Example:
         >>> str(Pruning(Dropped(attention=(15, 17)), half_ffn=(13, 14)))

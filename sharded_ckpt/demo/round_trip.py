@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sharded_ckpt.checkpoint.index import INDEX_FILE
 from sharded_ckpt.children import init_child_from_parent
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from patchers.descriptor import ModelDescriptor
+    from sharded_ckpt.children import Scores
     from sharded_ckpt.runtime import Runtime
 
 
-def make(parent: Path, pruning: Pruning, child: Path, runtime: Runtime) -> StepResult:
-    """Stream the checkpoint `child` out of its parent's; all ranks call it."""
+def make(
+    parent: Path, pruning: Pruning, ffn_channels: Mapping[int, Scores], child: Path, runtime: Runtime
+) -> StepResult:
+    """Stream the checkpoint `child` out of its parent's, given scores of its channels; all ranks call it."""
     width = json.loads((parent / "config.json").read_text())["intermediate_size"]
     blocks = pruning.block_configs(width)
-    seconds = _timed(
-        lambda: init_child_from_parent(parent, blocks, child, runtime=runtime, durable=False, progress=False)
-    )
+    options: dict[str, Any] = {"ffn_channels": ffn_channels, "durable": False, "progress": False}
+    seconds = _timed(lambda: init_child_from_parent(parent, blocks, child, runtime=runtime, **options))
     return StepResult("made", runtime.world_size, _total_size(child), seconds)
 
 

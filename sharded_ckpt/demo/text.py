@@ -1,4 +1,7 @@
-"""What the demo reads and what it completes: one text for every model, so that losses can be compared."""
+"""What the demo reads and what it completes: one text for every model, so that losses can be compared.
+
+Which FFN channels a child keeps is decided on another text than the one that its loss is taken of.
+"""
 
 from __future__ import annotations
 
@@ -12,4 +15,14 @@ PARAGRAPH = (
     "The wind broke two windows, the rain put out the fire in the stove, and the engine that turned the lamp "
     "stopped working. So the keeper turned the lamp by hand until the sun came up, and all of the boats "
     "returned safely."
+)
+
+CALIBRATION = (
+    "Bread is made from flour, water, salt and yeast. The baker mixes them into a dough, lets it rest in "
+    "a warm place until it has doubled, and shapes the loaves by hand. They bake for about forty minutes "
+    "in a hot oven. When the crust is brown and sounds hollow, the bread is done. The moon goes around "
+    "the earth in a little less than a month. Half of it is always lit by the sun, but we see that half "
+    "from another side every night, so it seems to grow and shrink. In the spring the children planted "
+    "beans along the fence. They watered them every evening, and pulled out the weeds. By July the plants "
+    "were taller than the youngest of them, and there were enough beans for the whole street."
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from patchers.descriptor import ModelDescriptor
 from sharded_ckpt.config import load_model_config
@@ -28,7 +28,7 @@ from .job import Job
 from .memory import forget_peak_memory, peak_memory
 from .results import RankResult, ShardResult, StepResult
 from .round_trip import make, reload, save
-from .text import PARAGRAPH, PROMPT
+from .text import CALIBRATION, PARAGRAPH, PROMPT
 
 _MOST_TOKENS = 24
 
@@ -65,11 +65,15 @@ def work(place: Place, job: Job, began: float) -> RankResult:
 def _models(
     job: Job, descriptor: ModelDescriptor, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
 ) -> tuple[list[ShardResult], list[StepResult]]:
-    shards = [_examine(folder, descriptor, tokenizer, runtime)[0] for folder in (job.parent, job.variant)]
-    made = make(job.parent, job.pruning, job.child, runtime)
-    result, shard = _examine(job.child, descriptor, tokenizer, runtime)
-    saved = save(shard, job.saved, runtime)
-    return [*shards, result], [made, saved] if runtime.is_main_process else []
+    of_parent, stage = _examine(job.parent, descriptor, tokenizer, runtime)
+    text = {"input_ids": torch.tensor([tokenizer(CALIBRATION)["input_ids"]])}
+    scores = stage.score([text], activations=True, progress=False)
+    del stage  # its memory shall not count for the next one
+    of_variant, _ = _examine(job.variant, descriptor, tokenizer, runtime)
+    made = make(job.parent, job.pruning, scores.ffn_channels, job.child, runtime)
+    of_child, stage = _examine(job.child, descriptor, tokenizer, runtime)
+    saved = save(stage.shard, job.saved, runtime)
+    return [of_parent, of_variant, of_child], [made, saved] if runtime.is_main_process else []
 
 
 class _Memory:
@@ -89,14 +93,15 @@ def _examine(
     descriptor: ModelDescriptor,
     tokenizer: PreTrainedTokenizerBase,
     runtime: Runtime,
-) -> tuple[ShardResult, PreTrainedModel]:
+) -> tuple[ShardResult, PipelineStage]:
     memory = _Memory()
     began = time.perf_counter()
     shard = load_and_shard_model(descriptor, folder, runtime=runtime, progress=False)
     load_seconds, load_peak = time.perf_counter() - began, memory.peak()
     forget_peak_memory()
     report: LoadReport = shard.load_report  # type: ignore[assignment]
-    found, completion = _run(PipelineStage(shard, runtime), tokenizer)
+    stage = PipelineStage(shard, runtime)
+    found, completion = _run(stage, tokenizer)
     run_peak = memory.peak()
     comparison = compare_with_files(shard, folder)
     result = ShardResult(
@@ -111,7 +116,7 @@ def _examine(
         loss=found,
         completion=completion,
     )
-    return result, shard
+    return result, stage
 
 
 def _run(stage: PipelineStage, tokenizer: PreTrainedTokenizerBase) -> tuple[float | None, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,75 +13,87 @@ from transformers import PreTrainedModel
 
 from patchers.capability import layer_capabilities
 from patchers.descriptor import ModelDescriptor
-from patchers.native import text_config_of
-from sharded_ckpt.model import create_local_shard_
+from sharded_ckpt.model import create_local_shard_, num_blocks
 from sharded_ckpt.pipeline import PipelineStage
 from sharded_ckpt.runtime import default_runtime
 from support.families import drawn_model, family_config
 from support.by_hand import drawn, patched_model
 
-Kinds = list[tuple[str, str]]
-
 IDS = torch.randint(4, 128, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [1] * 9])
-ROWS = [2, 1]
 NEW_TOKENS = 3
+BATCHED = {"paligemma"}  # its own model gives rows other tokens where no row of the batch is padded
+UNTIED = {"dbrx"}  # its config refuses to be tied
 
 
-def compared_over_ranks(
-    families: Sequence[str], owned: Sequence[Sequence[int]], kinds: Mapping[str, Kinds] | None, tied: bool
-) -> dict[str, str]:
-    """Return, for each family that is not exact over these ranks, what differs or was raised.
+@dataclass(frozen=True)
+class Case:
+    """A model of each family, and how it is run.
 
-    Args:
-        families: Which ones.
+    Attributes:
         owned: The blocks of each rank in a model of four; the last run goes on to the end of longer ones.
-        kinds: The blocks of each family; None for its own.
-        tied: Whether head and embedding are one, where the family can have it so.
+        without_attention: A block that has none, in a model of blocks of all kinds; None for a native model.
+        tied: Whether head and embedding are one in a native model.
+        rows: Of the micro-batches.
     """
+
+    owned: Sequence[Sequence[int]]
+    without_attention: int | None = None
+    tied: bool = False
+    rows: Sequence[int] = (2, 1)
+
+    def model(self, family: str) -> PreTrainedModel:
+        """Return the whole model, the same wherever it is made."""
+        if self.without_attention is None:
+            tied = self.tied and family not in UNTIED
+            return drawn_model(family_config(family, tie_word_embeddings=tied))
+        kinds = drawn_kinds(family, seed=3)
+        if layer_capabilities(family_config(family))[self.without_attention]["no_op_attention"] is True:
+            kinds[self.without_attention] = "no_op_attention", kinds[self.without_attention][1]
+        return patched_model(family, kinds)
+
+
+def compared_over_ranks(families: Sequence[str], cases: Mapping[str, Case]) -> dict[str, str]:
+    """Return what differs from one process, or is raised, by family and case; nothing of those that agree."""
     found = {}
     for family in families:
-        try:
-            what = _differing(_model(family, None if kinds is None else kinds[family], tied), owned)
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-        if what:
-            found[family] = what
+        for name, case in cases.items():
+            try:
+                what = _differing(family, case)
+            except Exception as error:
+                what = f"{type(error).__name__}: {error}"
+            if what:
+                found[f"{family}, {name}"] = what
     return found
 
 
-def kinds_with_no_op_at(family: str, block: int) -> Kinds:
-    """Blocks of a family, of any kinds that it can have, one of them without attention if it can."""
-    kinds = drawn_kinds(family, seed=3)
-    if layer_capabilities(family_config(family))[block]["no_op_attention"] is True:
-        kinds[block] = "no_op_attention", kinds[block][1]
-    return kinds
-
-
-def _model(family: str, kinds: Kinds | None, tied: bool) -> PreTrainedModel:
-    if kinds is not None:
-        return patched_model(family, kinds)
-    return drawn_model(family_config(family, tie_word_embeddings=tied))
-
-
-def _differing(model: PreTrainedModel, owned: Sequence[Sequence[int]]) -> str:
-    descriptor, rank = ModelDescriptor.of("auto", model.config), dist.get_rank()
-    count = text_config_of(model.config).num_hidden_layers
-    last = max(number for number, run in enumerate(owned) if run)
-    mine = [*owned[rank], *(range(4, count) if rank == last else ())]
-    shard = create_local_shard_(copy.deepcopy(model), mine, descriptor)
-    stage = PipelineStage(shard, default_runtime(device="cpu", timeout=60))
-    output = stage(IDS, attention_mask=MASK, micro_batches=ROWS)
+def _differing(family: str, case: Case) -> str:
+    model = case.model(family)
+    stage = _stage_of(model, case.owned)
+    rows = [len(IDS)] if family in BATCHED else case.rows
+    output = stage(IDS, attention_mask=MASK, micro_batches=rows)
     options: dict[str, Any] = {"attention_mask": MASK, "max_new_tokens": NEW_TOKENS, "do_sample": False}
     options |= {"eos_token_id": None, "pad_token_id": 0}
-    tokens = stage.generate(IDS, micro_batches=ROWS, **options)
+    tokens = stage.generate(IDS, micro_batches=rows, **options)
     differs = []
     if output is not None:
-        with torch.no_grad():
-            parts = zip(IDS.split(ROWS), MASK.split(ROWS), strict=True)
-            logits = torch.cat([model(input_ids=ids, attention_mask=mask).logits for ids, mask in parts])
+        logits = _logits(model, rows)
         if not torch.equal(output.logits, logits):
             differs.append(f"logits by {(output.logits - logits).abs().max() / logits.abs().max():.1g}")
     if not torch.equal(tokens, model.generate(IDS, **options)):
         differs.append("tokens")
     return ", ".join(differs)
+
+
+def _stage_of(model: PreTrainedModel, owned: Sequence[Sequence[int]]) -> PipelineStage:
+    descriptor, rank = ModelDescriptor.of("auto", model.config), dist.get_rank()
+    last = max(number for number, run in enumerate(owned) if run)
+    more = range(4, num_blocks(model, descriptor)) if rank == last else ()
+    shard = create_local_shard_(copy.deepcopy(model), [*owned[rank], *more], descriptor)
+    return PipelineStage(shard, default_runtime(device="cpu", timeout=60))
+
+
+def _logits(model: PreTrainedModel, rows: Sequence[int]) -> torch.Tensor:
+    parts = zip(IDS.split(list(rows)), MASK.split(list(rows)), strict=True)
+    with torch.no_grad():
+        return torch.cat([model(input_ids=ids, attention_mask=mask).logits for ids, mask in parts])
