@@ -16,8 +16,8 @@ from patchers.descriptor import ModelDescriptor
 from sharded_ckpt.model import create_local_shard_, num_blocks
 from sharded_ckpt.pipeline import PipelineStage
 from sharded_ckpt.runtime import default_runtime
-from support.families import drawn_model, family_config
 from support.by_hand import drawn, patched_model
+from support.families import drawn_model, family_config
 
 IDS = torch.randint(4, 128, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [1] * 9])
@@ -47,10 +47,11 @@ class Case:
         if self.without_attention is None:
             tied = self.tied and family not in UNTIED
             return drawn_model(family_config(family, tie_word_embeddings=tied))
-        kinds = drawn_kinds(family, seed=3)
-        if layer_capabilities(family_config(family))[self.without_attention]["no_op_attention"] is True:
-            kinds[self.without_attention] = "no_op_attention", kinds[self.without_attention][1]
-        return patched_model(family, kinds)
+        config, block = family_config(family), self.without_attention
+        kinds = drawn(config, seed=3)
+        if layer_capabilities(config)[block]["no_op_attention"] is True:
+            kinds[block] = "no_op_attention", kinds[block][1]
+        return patched_model(config, kinds)
 
 
 def compared_over_ranks(families: Sequence[str], cases: Mapping[str, Case]) -> dict[str, str]:
