@@ -347,7 +347,7 @@ def test_a_dialect_that_cannot_say_it(here: Path, capsys: pytest.CaptureFixture[
 def test_a_dialect_of_another_family(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {**LLAMA, "block_configs": [{"attention": {"heads": 2}, "ffn": {}}] * 4}
     hollow_checkpoint(here / "odd", llama_shapes(), config)
-    text = "heads"
+    text = "block 0: 'heads' of attention is not a field of the anymodel dialect; known fields: "
     assert text in refused(capsys, "plan", "odd", "--ranks", "2")
     with pytest.raises(ConfigError, match=text):
         load_and_shard_model("auto", "odd")

@@ -116,7 +116,7 @@ def test_long_names_are_broken_and_never_cut(terminal: Terminal) -> None:
 
 
 def test_numbers_stand_at_the_right_and_what_does_not_fit_is_red(terminal: Terminal) -> None:
-    rows = [["rank", "bytes", "of budget"], ["0", "1.00 kB", "83%"], ["1", "10.00 kB", "103%"]]
+    rows = [["rank", "bytes", "of budget"], ["0", "1.00 kB", "83%"], ["1-2", "10.00 kB", "103%"]]
     write_page(["the model does not fit: …", Table(rows)], terminal)
     red, _, head, *lines = terminal.getvalue().split("\n")
     assert red.startswith("\x1b[1;31mthe model does not fit\x1b[0m")

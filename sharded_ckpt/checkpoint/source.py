@@ -18,6 +18,7 @@ __all__ = [
     "TensorSource",
     "check_name",
     "find_config",
+    "holds_safetensors",
     "open_source",
     "parse_config",
     "parse_json",
@@ -225,6 +226,11 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: not a config: expected an object, found {value!r:.80}")
     return value
+
+
+def holds_safetensors(source: TensorSource) -> bool:
+    """Return whether there are safetensors files, or an index of some, at the top of a checkpoint."""
+    return any(name.endswith((".safetensors", f".safetensors{INDEX_SUFFIX}")) for name in source.names())
 
 
 def read_source_header(source: TensorSource, name: str) -> Header:

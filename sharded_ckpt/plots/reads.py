@@ -64,7 +64,7 @@ def plot_reads(files: Sequence[FileReads], *, rank: int | None = None, ax: Axes 
 def _bars(ax: Axes, files: Sequence[FileReads], rank: int, color: str) -> None:
     for row, file in enumerate(files):
         spans = [(begin, end - begin) for begin, end in file.ranges[rank]]
-        ax.broken_barh(spans, (row - 0.36, 0.72), facecolor=color, linewidth=0)
+        ax.broken_barh(spans, (row - 0.36, 0.72), facecolor=color, edgecolor="white", linewidth=0.4)
 
 
 def _legend(ax: Axes, files: Sequence[FileReads], colors: Sequence[str], rank: int | None) -> None:

@@ -11,7 +11,7 @@ from patchers.block_config import BlockConfig
 from patchers.block_words import block_table
 from patchers.dialects import read_block_configs
 from patchers.tables import as_html, as_text
-from sharded_ckpt.checkpoint.source import INDEX_SUFFIX, open_source, read_config
+from sharded_ckpt.checkpoint.source import holds_safetensors, open_source, read_config
 from sharded_ckpt.ownership.counting import Countable
 from sharded_ckpt.report.block_kinds import text_config
 from sharded_ckpt.report.overview import overview
@@ -51,7 +51,7 @@ def model_blocks(model: Countable) -> ModelBlocks:
     """
     if isinstance(model, (str, os.PathLike)):
         source = open_source(model)
-        if any(name.endswith((".safetensors", INDEX_SUFFIX)) for name in source.names()):
+        if holds_safetensors(source):
             found = overview(model)
             return ModelBlocks(row.config for row in found.blocks if row.stack == found.stack)
         return _said(read_config(source))

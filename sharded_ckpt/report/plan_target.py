@@ -10,7 +10,13 @@ from typing import Any
 from patchers.errors import CheckpointNotFoundError
 from patchers.names import fold_indices
 from sharded_ckpt.checkpoint.index import open_index
-from sharded_ckpt.checkpoint.source import INDEX_SUFFIX, find_config, open_source, parse_config
+from sharded_ckpt.checkpoint.source import (
+    INDEX_SUFFIX,
+    find_config,
+    holds_safetensors,
+    open_source,
+    parse_config,
+)
 from sharded_ckpt.ownership.costs import ModelCosts
 from sharded_ckpt.ownership.counting import costs_of, quantisation_of
 from sharded_ckpt.ownership.plan import OwnershipPlan
@@ -49,7 +55,7 @@ class PlanTarget:
                 return cls(None, parse_config(path.read_bytes(), checkpoint), False)
             checkpoint = str(path.parent)
         source = open_source(checkpoint)
-        has_weights = any(name.endswith((".safetensors", INDEX_SUFFIX)) for name in source.names())
+        has_weights = holds_safetensors(source)
         config = find_config(source)
         if config is None and not has_weights:
             open_index(source)  # raises, and says what is there instead

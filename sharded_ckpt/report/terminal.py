@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, TextIO
@@ -13,9 +14,9 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-_NUMBERS = "0123456789-"
+_NUMBER = re.compile(r"-|-?[\d.]+(?:%|x| ?[kMGTP]?B?)?")
 _STYLES = (
-    (r"(?m)^note: .*", "yellow"),
+    (r"(?m)^ *note: .*", "yellow"),
     (r"^it fits$|\b(?:are|is) equal$|: no problems\b", "bold green"),
     (r"^the model does not fit\b|\bdiffer$|: \d+ problems?\b", "bold red"),
     (r"\bno-op\b|^-$|^0 B$", "dim"),
@@ -73,7 +74,7 @@ def _grid(table: Table, styled: Callable[[str], Text]) -> RichTable:
     grid = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold cyan")
     for at, name in enumerate(header):
         cells = [row[at] for row in rows if row[at]]
-        are_numbers = bool(cells) and all(cell[0] in _NUMBERS for cell in cells) and at > 0
+        are_numbers = bool(cells) and all(map(_NUMBER.fullmatch, cells)) and at > 0
         grid.add_column(styled(name), justify="right" if are_numbers else "left", overflow="fold")
     for row in rows:
         grid.add_row(*map(styled, row))
