@@ -1,27 +1,32 @@
 """How fast the state of a training (weights and Adam) is saved and loaded, beside DCP's own format.
 
-    python benchmarks/bench_training.py [--size-gb 1] [--folder DIR] [--rounds 5] [--only save,load]
+    python benchmarks/bench_training.py [--size-gb 1] [--folder DIR] [--rounds 5] [--only save,load,ranks]
 
 The size is that of the weights, in bf16; Adam's two moments are as large again, each. Both sides save the
 same bytes and are done when these are on the disk; both fill a model and an optimizer that are there. Loads
-are warm. What is measured and how: `benchmarks/paired.py`.
+are warm. With `ranks`, two ranks hold half of the weights each. How it is measured: `benchmarks/paired.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import shutil
+import statistics
 import sys
 import tempfile
+import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.distributed.checkpoint as dcp
 from bench_write import make_ready, make_tensors, raw_direct
-from paired import compare, run_apart, table, warm
+from paired import compare, run_apart, settle, table, warm
 from torch import nn
 
 from sharded_ckpt.training import ModelState, OptimizerState, load_training_state, save_training_state
@@ -35,7 +40,8 @@ def main() -> None:
     parser.add_argument("--size-gb", type=float, default=1.0)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="save,load")
+    parser.add_argument("--only", default="save,load,ranks")
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--share", type=float, default=0.9, help="of a processor, that a fair run has had")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -57,6 +63,8 @@ def main() -> None:
             measures = compare(methods, options.rounds, prepare=ready, touch=False, share=options.share)
             print(table(f"save, durable: {size:.2f} GB", measures), flush=True)
             shutil.rmtree(run)
+        if "ranks" in options.only:
+            print(over_ranks(folder / "ranks", options), flush=True)
         if "load" in options.only:
             run_apart(partial(write_both, folder, model, optimizer))
             load = {
@@ -68,6 +76,61 @@ def main() -> None:
                 load, options.rounds, prepare=partial(warm, files), touch=False, share=options.share
             )
             print(table(f"load, warm: {size:.2f} GB into what is there", measures), flush=True)
+
+
+def over_ranks(folder: Path, options: argparse.Namespace) -> str:
+    """Let ranks that hold a share of the state each save it together; the slowest rank counts."""
+    share = options.size_gb / options.ranks
+    ways: dict[str, list[float]] = {"save_training_state": [], "DCP": []}
+    for number in range(options.rounds + 1):
+        for way in list(ways)[:: 1 if number % 2 else -1]:
+            make_ready(folder, round(2 * 3 * options.size_gb * 1e9))
+            seconds = max(run_together(partial(save_share, folder, way, share), options.ranks))
+            if number:  # the first round warms up
+                ways[way].append(seconds)
+    shutil.rmtree(folder)
+    ours = ways["save_training_state"]
+    lines = [f"### save, durable, by {options.ranks} ranks", "", "| way | s | x ours |", "|---|---|---|"]
+    for way, seconds in ways.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds, ours, strict=True))
+        lines.append(f"| {way} | {statistics.median(seconds):.3f} | {ratio:.2f} |")
+    return "\n".join(lines) + f"\n\n{options.rounds} rounds.\n"
+
+
+def run_together(work: Callable[[int], float], ranks: int) -> list[float]:
+    """Return what each of some forks, joined by gloo, measured."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def rank_of(rank: int) -> None:
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{scratch}/store", rank=rank, world_size=ranks
+            )
+            results.put(work(rank))
+            torch.distributed.barrier()
+
+        processes = [context.Process(target=rank_of, args=(rank,)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        found = [results.get() for _ in processes]
+        for process in processes:
+            process.join()
+    return found
+
+
+def save_share(folder: Path, way: str, size_gb: float, rank: int) -> float:
+    """Save as one rank, and return how long it took from a common start."""
+    model, optimizer = make_state(size_gb)
+    stage = nn.ModuleDict({f"stage{rank}": model})
+    settle()
+    torch.distributed.barrier()
+    started = time.perf_counter()
+    if way == "DCP":
+        dcp.save(state_of(stage, optimizer), checkpoint_id=folder / "out")
+    else:
+        ours(folder, stage, optimizer)
+    return time.perf_counter() - started
 
 
 def make_state(size_gb: float) -> tuple[nn.Module, torch.optim.Optimizer]:

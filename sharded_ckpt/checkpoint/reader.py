@@ -50,6 +50,7 @@ class CheckpointReader:
         self._shards: dict[str, Shard] = {}
         self._unlisted_bytes = 0
         self._ahead: set[str] = set()
+        self._whole: Plan | None = None
 
     def headers(self, keys: Iterable[str] | None = None) -> dict[str, TensorEntry]:
         """Return dtype, shape and place of tensors; opens only the files that hold them.
@@ -66,8 +67,14 @@ class CheckpointReader:
 
     def plan(self, keys: Iterable[str] | None = None) -> Plan:
         """Return the files that hold the tensors, opened, each with its tensors in file order."""
+        if keys is not None and keys is not self.index:
+            return self._plan(self.index.by_file(keys))
+        if self._whole is None:
+            self._whole = self._plan(self.index.by_file())
+        return self._whole
+
+    def _plan(self, groups: dict[str, list[str]]) -> Plan:
         with paused_collection():
-            groups = self.index.by_file(keys)
             self._open(groups)
             return [(self._shards[file], self._entries(file, group)) for file, group in groups.items()]
 
@@ -187,7 +194,7 @@ class CheckpointReader:
     def _entries(self, file: str, keys: list[str]) -> list[Item]:
         """Return the tensors of a file in file order."""
         tensors = self._shards[file].header.tensors
-        if not tensors.keys() >= set(keys):
+        if not all(map(tensors.__contains__, keys)):
             raise ghost_keys(self.index, file, [key for key in keys if key not in tensors])
         if len(keys) == len(tensors):
             return list(tensors.items())
