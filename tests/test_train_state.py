@@ -127,9 +127,10 @@ def test_each_rank_has_a_state_of_its_own(gloo: Gloo, caplog):
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
-        ("torch_rng_state", "AAAA", "no state that a generator takes"),
-        ("torch_rng_state", "not base64", "no state that a generator takes"),
-        ("np_rng_state", {"$tuple": ["MT19937", [1, 2], 0, 0, 0.0]}, "no state that a generator takes"),
+        ("torch_rng_state", {"$bytes": "AAAA"}, "no state that a generator takes"),
+        ("torch_rng_state", {"$bytes": "not base64"}, "stands for no value that is known here"),
+        ("torch_rng_state", 7, "no state that a generator takes"),
+        ("np_rng_state", {"$tuple": ["MT19937", {"$bytes": "AAAAAA=="}, 0, 0, 0.0]}, "no state that a gen"),
         ("random_rng_state", [1, 2, 3], "no state that a generator takes"),
         ("random_rng_state", ..., "has no random_rng_state"),
     ],

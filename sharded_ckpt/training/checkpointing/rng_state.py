@@ -126,29 +126,40 @@ def check_rng_state(
 
 
 def _collect() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state(legacy=True)
+    version, numbers, spare = random.getstate()
+    whole: Any = np.random.get_state(legacy=True)
+    kind, keys, *rest = whole
     if kind != "MT19937":
         raise ConfigError(f"numpy's global generator is {kind!r}; only MT19937, its default, can be saved")
     device = _accelerator()
-    return {
-        "random_rng_state": to_plain(random.getstate()),
-        "np_rng_state": to_plain((kind, [int(key) for key in keys], *rest)),
-        "torch_rng_state": to_plain(torch.get_rng_state()),
-        "accelerator_rng_state": None if device is None else to_plain(device.get_rng_state()),
+    # bytes: JSON takes a hundred times as long for as many numbers
+    states = {
+        "random_rng_state": (version, np.array(numbers, "<u4").tobytes(), spare),
+        "np_rng_state": (kind, keys.astype("<u4").tobytes(), *rest),
+        "torch_rng_state": _bytes_of(torch.get_rng_state()),
+        "accelerator_rng_state": None if device is None else _bytes_of(device.get_rng_state()),
     }
+    return {name: to_plain(state) for name, state in states.items()}
 
 
 def _parsed(rng_state: Any, where: str) -> dict[str, Any]:
     """Return the states in the form that the libraries take, each tried on a generator of its own."""
     if not isinstance(rng_state, Mapping) or rng_state.get("format") != FORMAT:
         raise CheckpointError(f"{where}: not the state of random number generators")
-    states = rng_state.get("states")
-    if not isinstance(states, Mapping) or (missing := [name for name in _NAMES if name not in states]):
-        raise CheckpointError(
-            f"{where}: has no {', '.join(missing) if isinstance(states, Mapping) else 'states'}"
-        )
+    said: Any = rng_state.get("states")
+    if missing := [name for name in _NAMES if not isinstance(said, Mapping) or name not in said]:
+        raise CheckpointError(f"{where}: has no {', '.join(missing)}")
     try:
-        parsed = {name: from_plain(states[name]) for name in _NAMES}
+        states = {name: from_plain(said[name]) for name in _NAMES}
+        version, numbers, spare = states["random_rng_state"]
+        kind, keys, *rest = states["np_rng_state"]
+        kept = states["accelerator_rng_state"]
+        parsed: dict[str, Any] = {
+            "random_rng_state": (version, tuple(np.frombuffer(numbers, "<u4").tolist()), spare),
+            "np_rng_state": (kind, np.frombuffer(keys, "<u4"), *rest),
+            "torch_rng_state": _tensor(states["torch_rng_state"]),
+            "accelerator_rng_state": None if kept is None else _tensor(kept),
+        }
         random.Random().setstate(parsed["random_rng_state"])
         np.random.RandomState().set_state(parsed["np_rng_state"])
         torch.Generator().set_state(parsed["torch_rng_state"])
@@ -162,3 +173,11 @@ def _accelerator() -> Any:
     device = torch.accelerator.current_accelerator(check_available=True)
     module = None if device is None else torch.get_device_module(device)
     return module if hasattr(module, "get_rng_state") else None
+
+
+def _bytes_of(state: torch.Tensor) -> bytes:
+    return bytes(state.cpu().numpy())
+
+
+def _tensor(raw: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)

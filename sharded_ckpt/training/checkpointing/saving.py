@@ -27,6 +27,7 @@ from sharded_ckpt.training.checkpointing.async_calls import (
 )
 from sharded_ckpt.training.checkpointing.contexts import runtime_of
 from sharded_ckpt.training.checkpointing.dataloader_state import dataloader_state_of
+from sharded_ckpt.training.checkpointing.hf_export import HFExport
 from sharded_ckpt.training.checkpointing.local import local_manager_of
 from sharded_ckpt.training.checkpointing.retention import remove_old_checkpoints
 from sharded_ckpt.training.checkpointing.small_files import (
@@ -141,6 +142,8 @@ def save_checkpoint(
             loader=loader_files([one["loader"] for one in said], loader, control.rank),
             module_name=module_name,
         )
+    if config.also_save_hf_checkpoint and not target.is_local:
+        staged = staged.with_export(HFExport.gather(state, model, control, where=target.directory))
     queue = state.async_calls_queue if config.async_save else None
     if queue is not None:
         staged = queue.snapshot(staged)
