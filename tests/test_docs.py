@@ -142,7 +142,8 @@ def test_what_a_page_links_to_exists(page: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     missing = [link for link in links if not (page.parent / link.partition("#")[0]).exists()]
-    assert missing == []
+    named = re.findall(r"`([\w.-]+/[\w./-]+\.(?:py|md))`", text)
+    assert missing + [path for path in named if not (ROOT / path).exists()] == []
 
 
 def test_the_index_names_every_page() -> None:
