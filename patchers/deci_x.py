@@ -138,8 +138,7 @@ class _Patcher:
     def build(self, layer: nn.Module, true_init: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Build one decoder layer in place of its `__init__`."""
         make = LayerMaker(layer, true_init, args, kwargs)
-        known = self._known[2] if self._known else None
-        if make.config is None and (self.asked is None or (known and set(known) == {BlockConfig()})):
+        if make.config is None and not self._is_changed(self._known[2] if self._known else None):
             true_init(layer, *args, **kwargs)  # nobody says anything of this layer
             return
         if make.config is None:
@@ -147,18 +146,30 @@ class _Patcher:
                 f"{type(layer).__name__} is not built from a config, so its blocks cannot be changed"
             )
         blocks = self._read(make.config, make.index)
+        is_told = make.index is not NO_INDEX or self._is_changed(blocks)
         # a layer class that calls another patched one is built once
-        if blocks is None or id(layer) in self._building:
+        if blocks is None or not is_told or id(layer) in self._building:
             true_init(layer, *args, **kwargs)
             return
         _check_index(make.index, layer, len(blocks))
         self._build(make, blocks[make.index])
+
+    def _is_changed(self, blocks: list[BlockConfig] | None) -> bool:
+        """Whether some block is to be other than the config says, as far as is known."""
+        return self.asked is not None if blocks is None else set(blocks) != {BlockConfig()}
 
     def _build(self, make: LayerMaker, block: BlockConfig) -> None:
         plan = self._plan_sizes(block, make)
         self._building.add(id(make.layer))
         try:
             make.into(make.layer, overridden(make.seen, plan.values, make.index))
+        except ValueError as error:
+            if not plan.values:
+                raise
+            asked = ", ".join(f"{size}={value}" for size, (value, _) in plan.shown.items())
+            raise FamilyError(
+                f"block {make.index} asks for {asked}, which {type(make.layer).__name__} refuses: {error}"
+            ) from error
         finally:
             self._building.discard(id(make.layer))
         plan.check(make.layer, make.index)

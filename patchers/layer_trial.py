@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchers.meta import NothingFound
 from patchers.substitutes import Removed, hidden_states_of, returned
 
 
@@ -32,6 +33,15 @@ class Calls:
     arity: int = 0
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] | None = None
+
+    def fit(self, layer: nn.Module) -> bool:
+        """Whether a layer on meta, built otherwise, runs with what this one was given."""
+        try:
+            with torch.no_grad(), NothingFound():
+                layer.to(torch.bfloat16)(*self.args, **(self.kwargs or {}))  # as models are probed
+        except Exception:  # whatever a family raises where shapes do not go together
+            return False
+        return True
 
 
 class _PassOn(Removed):

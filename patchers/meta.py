@@ -37,6 +37,15 @@ def without_storage() -> Iterator[None]:
         yield
 
 
+class NothingFound(TorchFunctionMode):
+    """Lets `nonzero` find nothing on meta, where nothing is to be found: loops over experts end at once."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.nonzero, torch.Tensor.nonzero) and args[0].is_meta:
+            return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
+        return function(*args, **(kwargs or {}))
+
+
 class _NoInitialisation(TorchFunctionMode):
     """Skips `torch.nn.init` and the fills behind it: on meta they only take time."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -66,22 +67,24 @@ def find_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the dotted name and the list of a model's decoder layers.
 
     It is the ModuleList under the decoder with as many members as the config has layers, all of them of a
-    class that transformers treats as a decoder layer.
+    class that transformers treats as a decoder layer; or, where there is none, of a class of the model's own.
 
     Raises:
         FamilyError: There is no such list, or more than one.
     """
     count = layer_count(model.config)
-    decoder, prefix = model.get_decoder(), ""
-    if decoder is not model:
-        prefix = name_in(model, decoder) + "."
-    found = [
-        (prefix + name, module)
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == count
-        and all(_is_layer(model, m) for m in module)
-    ]
+    decoder = model.get_decoder()
+    places = [decoder, model]  # there are heads that are called "decoder" (modernbert-decoder)
+    found: list[tuple[str, nn.ModuleList]] = []
+    for is_layer, place in itertools.product((_is_layer, _is_own), dict.fromkeys(places)):
+        prefix = "" if place is model else name_in(model, place) + "."
+        found = found or [
+            (prefix + name, module)
+            for name, module in place.named_modules()
+            if isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and all(is_layer(model, member) for member in module)
+        ]
     if len(found) != 1:
         raise FamilyError(
             f"{type(model).__name__} has {len(found)} lists of {count} decoder layers "
@@ -110,6 +113,10 @@ def layer_count(config: PreTrainedConfig) -> int:
 def _is_layer(model: PreTrainedModel, module: nn.Module) -> bool:
     unsplit = type(module).__name__ in (model._no_split_modules or ())
     return unsplit or isinstance(module, GradientCheckpointingLayer)
+
+
+def _is_own(model: PreTrainedModel, module: nn.Module) -> bool:
+    return type(module).__module__ == type(model).__module__
 
 
 def name_in(model: nn.Module, wanted: nn.Module | None) -> str:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from patchers.errors import FamilyError
 from patchers.layer_trial import Calls, LayerTrial
+from patchers.meta import NothingFound
 from patchers.substitutes import hidden_states_of, returned
 
 # an FFN looks at one token at a time; whoever is given one of these looks at others
@@ -67,12 +67,14 @@ class LayerKind:
         arity: What a layer returns: 0 for a bare tensor, else the length of the tuple.
         attention: Its mixers: attention, state-space, linear attention, convolution. Usually one.
         ffn: Its feed-forward parts, dense or experts. Usually one.
+        calls: How the model called it.
     """
 
     structure: Structure
     arity: int
     attention: tuple[SubBlock, ...]
     ffn: tuple[SubBlock, ...]
+    calls: Calls = field(compare=False, repr=False)
 
 
 def probe_layers(model: PreTrainedModel, layers: Iterable[nn.Module]) -> list[LayerKind]:
@@ -178,21 +180,12 @@ def _forward_on_meta(model: PreTrainedModel) -> None:
     failures = []
     for mask in masks:
         try:
-            with torch.no_grad(), _NothingFound():
+            with torch.no_grad(), NothingFound():
                 decoder(input_ids=ids, attention_mask=mask, use_cache=False)
             return
         except Exception as error:
             failures.append(f"{type(error).__name__}: {error}")
     raise FamilyError(f"{type(model).__name__} cannot be traced on the meta device: {'; '.join(failures)}")
-
-
-class _NothingFound(TorchFunctionMode):
-    """Lets `nonzero` find nothing on meta, where nothing is to be found: loops over experts end at once."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.nonzero, torch.Tensor.nonzero) and args[0].is_meta:
-            return args[0].new_empty((0, args[0].dim()), dtype=torch.long)
-        return function(*args, **(kwargs or {}))
 
 
 def _watch(layer: nn.Module, seen: Calls) -> list[Any]:
@@ -237,7 +230,7 @@ def _probe(layer: nn.Module, calls: Calls) -> LayerKind:
         )
         for kind in ("attention", "ffn")
     )
-    return LayerKind(structure_of(layer), calls.arity, attention, ffn)
+    return LayerKind(structure_of(layer), calls.arity, attention, ffn, calls)
 
 
 def _is_mixer(module: nn.Module) -> bool:

@@ -118,9 +118,30 @@ class LayerFields:
             first = {name: first[name] for name in same}
             second = {name: second[name] for name in same}
         marks = find_marks(first, second, sizes)
-        if size == QUERY_HEADS and fractions_of(layers[0]) != fractions_of(layers[1]):
-            return None  # what scales the scores follows the number of heads, as the size of a head would
+        if size == QUERY_HEADS and marks and not self._are_heads_free(layers, marks):
+            return None
         return self._accept(size, field, marks) if marks else None
+
+    def _are_heads_free(self, layers: list[nn.Module], marks: tuple[Mark, ...]) -> bool:
+        """Whether layers with other query heads run, and keep what scales the scores.
+
+        Tensors alone do not tell: an output projection or a norm may be made for the heads of the config.
+        """
+        if fractions_of(layers[0]) != fractions_of(layers[1]) or not any(mark.side for mark in marks):
+            return False
+        # a descriptor derived from other sizes cannot try it, nor one whose models complete their layers
+        return not self._kind.calls.fit(self._build({})) or all(
+            self._kind.calls.fit(layer) for layer in layers
+        )
+
+    def moves(self, field: str) -> bool:
+        """Whether a field that the config says moves a tensor of this layer (deepseek_v4 ignores one)."""
+        value = self.base_value(field)
+        if not value:
+            return False
+        layers = (self._build(overridden(self.config, {field: n}, self.index)) for n in (value, value + 1))
+        first, second = map(sides_of, layers)
+        return first != second
 
     def _said(self, size: str, field: str, value: int) -> dict[str, int]:
         """What the config says in a trial."""

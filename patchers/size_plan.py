@@ -100,6 +100,12 @@ class _Planner:
     def _query_heads(self, heads: int, kv_heads: int | None) -> LayerFields:
         """Ask for query heads, and return the fields of a layer that has them."""
         own = self.fields.find(KV_HEADS)
+        there = kv_heads or (self.fields.base_value(own.field) if own else None)
+        if there and heads % there:
+            self._refuse(
+                f"num_attention_heads={heads}",
+                f"this layer has {there} KV heads, which do not divide them: say num_key_value_heads too",
+            )
         beside = {} if own is None or kv_heads is None else {own.field: kv_heads}
         found = self.fields.beside(beside).find(QUERY_HEADS)
         if found is None and heads == self.fields.query_heads:
@@ -163,7 +169,7 @@ class _Planner:
     def _tied_shared_expert(self, routed: SizeField, width: int | None, shared: int | None) -> None:
         """Keep the shared expert at its own width where the family makes it a multiple of the routed ones."""
         base = self.fields.base_value(routed.field)
-        counter = next((name for name in SHARED_EXPERT_COUNTS if self.fields.base_value(name)), None)
+        counter = next((name for name in SHARED_EXPERT_COUNTS if self.fields.moves(name)), None)
         count = self.fields.base_value(counter) if counter else 1
         if base is None or count is None or (width is None and shared is None):
             return

@@ -14,6 +14,7 @@ from patchers.errors import FamilyError
 from patchers.meta import build_on_meta
 from patchers.names import block_of
 
+pytestmark = pytest.mark.families
 MOE_FAMILIES = [
     "dbrx",
     "deepseek_v2",

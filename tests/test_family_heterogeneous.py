@@ -32,6 +32,7 @@ from patchers.meta import build_on_meta
 from sharded_ckpt import load_and_shard_model, save_sharded_checkpoint
 from sharded_ckpt.saving.built_blocks import check_built
 
+pytestmark = pytest.mark.families
 FAMILIES = (*TEXT_FAMILIES, *VISION_FAMILIES)
 TABLE = rows_of(DOCUMENT.read_text())
 

@@ -24,6 +24,7 @@ from patchers.names import block_of, fold
 from sharded_ckpt import load_and_shard_model
 from sharded_ckpt.ownership.skeleton import skeleton_costs
 
+pytestmark = pytest.mark.families
 FAMILIES = [*TEXT_FAMILIES, *VISION_FAMILIES]
 
 

@@ -16,6 +16,7 @@ from patchers.names import fold
 from sharded_ckpt import load_and_shard_model, save_sharded_checkpoint
 from sharded_ckpt.saving.saved_tensors import SavedTensors, in_files
 
+pytestmark = pytest.mark.families
 FAMILIES = [*TEXT_FAMILIES, *VISION_FAMILIES]
 
 

@@ -32,7 +32,7 @@ ATTENTION = {
     "no_op_attention": AttentionConfig(no_op=True),
     "linear_attention": AttentionConfig(replace_with_linear=True),
     "kv_heads": AttentionConfig(1),
-    "query_heads": AttentionConfig(num_attention_heads=6),
+    "query_heads": AttentionConfig(num_attention_heads=8),
 }
 FFN = {
     "native": FFNConfig(),
@@ -46,9 +46,16 @@ FFN = {
 }
 # The same by hand: under every name that a family may have for it, for all layers of a native model.
 BY_HAND: dict[str, dict[str, Any]] = {
-    "query_heads": {"num_attention_heads": 6, "head_dim": 16},
+    "query_heads": {"num_attention_heads": 8, "swa_num_attention_heads": 8, "head_dim": 16},
     "kv_heads": dict.fromkeys(
-        ("num_key_value_heads", "num_kv_heads", "num_global_key_value_heads", "attn_config.kv_n_heads"), 1
+        (
+            "num_key_value_heads",
+            "num_kv_heads",
+            "num_global_key_value_heads",
+            "swa_num_key_value_heads",
+            "attn_config.kv_n_heads",
+        ),
+        1,
     ),
     "ffn_width": dict.fromkeys(
         ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_size_mlp"), 32
@@ -76,11 +83,9 @@ BY_HAND: dict[str, dict[str, Any]] = {
         72,
     ),
 }
-# Latent attention has as many KV heads as query heads.
-AS_MANY_KV_HEADS = ("deepseek_v2", "deepseek_v3")
 # Their shared expert is always as wide as a routed one.
-SHARED_AS_WIDE = ("llama4_text", "hunyuan_v1_moe")
-SHARED_COUNTS = ("n_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+SHARED_AS_WIDE = ("llama4_text", "hunyuan_v1_moe", "deepseek_v4")
+SHARED_COUNTS = ("n_shared_experts", "moe_num_shared_experts", "num_shared_expert", "num_shared_experts")
 
 Answers = list[dict[str, Capability]]
 """What each layer can have otherwise: `layer_capabilities`."""
@@ -121,12 +126,13 @@ def _models(answers: Answers, seed: int, family: str) -> Iterator[Kinds]:
 
 def block_config(config: PreTrainedConfig, attention: str, ffn: str) -> BlockConfig:
     """A block of these kinds."""
-    family = text_config_of(config).model_type
+    text = text_config_of(config)
+    family = text.model_type
     if ffn == "expert_width" and family in SHARED_AS_WIDE:
         moe = MoEConfig(expert_intermediate_dim=24, shared_expert_intermediate_dim=24)
         return BlockConfig(ATTENTION[attention], FFNConfig(moe=moe))
-    if attention == "query_heads" and family in AS_MANY_KV_HEADS:
-        return BlockConfig(AttentionConfig(6, num_attention_heads=6), FFN[ffn])
+    if attention == "query_heads" and has_as_many_kv_heads(text):
+        return BlockConfig(AttentionConfig(8, num_attention_heads=8), FFN[ffn])
     return BlockConfig(ATTENTION[attention], FFN[ffn])
 
 
@@ -175,13 +181,14 @@ def changed_by_hand(config: PreTrainedConfig, sizes: tuple[str, str]) -> PreTrai
         fields = dict(BY_HAND[size])
         if size == "expert_width" and not hasattr(text, "moe_intermediate_size"):
             fields["intermediate_size"] = 24
-        if size == "query_heads" and text.model_type in AS_MANY_KV_HEADS:
-            fields["num_key_value_heads"] = 6
+        if size == "query_heads" and has_as_many_kv_heads(text):
+            fields["num_key_value_heads"] = 8
         if size == "query_heads" and not hasattr(text, "head_dim"):
             text.head_dim = 16
         for name in SHARED_COUNTS if size == "expert_width" else ():
             if getattr(text, name, None):
-                fields[name] = 2 * getattr(text, name)
+                was = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+                fields[name] = was * getattr(text, name) // 24  # the shared expert stays as wide
         for name, value in fields.items():
             owner, _, field = name.rpartition(".")
             holder = getattr(text, owner, None) if owner else text
@@ -189,6 +196,12 @@ def changed_by_hand(config: PreTrainedConfig, sizes: tuple[str, str]) -> PreTrai
                 listed = isinstance(getattr(holder, field), list)
                 setattr(holder, field, [value] * text.num_hidden_layers if listed else value)
     return config
+
+
+def has_as_many_kv_heads(text: PreTrainedConfig) -> bool:
+    """Whether a config says as many KV heads as query heads: latent attention always does."""
+    kv_heads = getattr(text, "num_key_value_heads", None)
+    return kv_heads is not None and kv_heads == text.num_attention_heads
 
 
 def silence(part: nn.Module) -> None:
