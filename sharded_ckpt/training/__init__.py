@@ -41,13 +41,22 @@ if TYPE_CHECKING:
     from sharded_ckpt.training.checkpointing import init_checkpointing_context as init_checkpointing_context
     from sharded_ckpt.training.checkpointing import is_empty_async_queue as is_empty_async_queue
     from sharded_ckpt.training.checkpointing import load_checkpoint as load_checkpoint
+    from sharded_ckpt.training.checkpointing import (
+        load_fsdp_dtensor_checkpoint as load_fsdp_dtensor_checkpoint,
+    )
     from sharded_ckpt.training.checkpointing import maybe_finalize_async_save as maybe_finalize_async_save
     from sharded_ckpt.training.checkpointing import maybe_load_dataloader_state as maybe_load_dataloader_state
     from sharded_ckpt.training.checkpointing import maybe_save_dataloader_state as maybe_save_dataloader_state
     from sharded_ckpt.training.checkpointing import pin_checkpoint as pin_checkpoint
+    from sharded_ckpt.training.checkpointing import (
+        preprocess_fsdp_dtensor_state_dict as preprocess_fsdp_dtensor_state_dict,
+    )
     from sharded_ckpt.training.checkpointing import read_metadata as read_metadata
     from sharded_ckpt.training.checkpointing import read_run_config as read_run_config
     from sharded_ckpt.training.checkpointing import save_checkpoint as save_checkpoint
+    from sharded_ckpt.training.checkpointing import (
+        save_fsdp_dtensor_checkpoint as save_fsdp_dtensor_checkpoint,
+    )
     from sharded_ckpt.training.checkpointing import save_tokenizer_assets as save_tokenizer_assets
     from sharded_ckpt.training.checkpointing import schedule_async_save as schedule_async_save
     from sharded_ckpt.training.checkpointing import set_checkpoint_version as set_checkpoint_version
@@ -122,13 +131,16 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "init_checkpointing_context",
             "is_empty_async_queue",
             "load_checkpoint",
+            "load_fsdp_dtensor_checkpoint",
             "maybe_finalize_async_save",
             "maybe_load_dataloader_state",
             "maybe_save_dataloader_state",
             "pin_checkpoint",
+            "preprocess_fsdp_dtensor_state_dict",
             "read_metadata",
             "read_run_config",
             "save_checkpoint",
+            "save_fsdp_dtensor_checkpoint",
             "save_tokenizer_assets",
             "schedule_async_save",
             "set_checkpoint_version",

@@ -25,6 +25,18 @@ if TYPE_CHECKING:
     from sharded_ckpt.training.checkpointing.dataloader_state import (
         maybe_save_dataloader_state as maybe_save_dataloader_state,
     )
+    from sharded_ckpt.training.checkpointing.fsdp_dtensor import (
+        _create_fsdp_dtensor_storage_writer as _create_fsdp_dtensor_storage_writer,
+    )
+    from sharded_ckpt.training.checkpointing.fsdp_dtensor import (
+        load_fsdp_dtensor_checkpoint as load_fsdp_dtensor_checkpoint,
+    )
+    from sharded_ckpt.training.checkpointing.fsdp_dtensor import (
+        preprocess_fsdp_dtensor_state_dict as preprocess_fsdp_dtensor_state_dict,
+    )
+    from sharded_ckpt.training.checkpointing.fsdp_dtensor import (
+        save_fsdp_dtensor_checkpoint as save_fsdp_dtensor_checkpoint,
+    )
     from sharded_ckpt.training.checkpointing.layout import (
         _DIRECT_ITERATION_DIR_SENTINEL as _DIRECT_ITERATION_DIR_SENTINEL,
     )
@@ -110,6 +122,12 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "config": ("CheckpointConfig",),
         "contexts": ("CheckpointLoadContext", "CheckpointSaveContext", "CheckpointType"),
         "dataloader_state": ("maybe_load_dataloader_state", "maybe_save_dataloader_state"),
+        "fsdp_dtensor": (
+            "_create_fsdp_dtensor_storage_writer",
+            "load_fsdp_dtensor_checkpoint",
+            "preprocess_fsdp_dtensor_state_dict",
+            "save_fsdp_dtensor_checkpoint",
+        ),
         "layout": (
             "TRACKER_PREFIX",
             "_DIRECT_ITERATION_DIR_SENTINEL",

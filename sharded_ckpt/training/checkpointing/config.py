@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from patchers.errors import ConfigError
-from sharded_ckpt.training.checkpointing.layout import _NON_PERSISTENT_CKPT_SUBDIR, FSDP_DTENSOR, SAFETENSORS
+from sharded_ckpt.training.checkpointing.layout import _NON_PERSISTENT_CKPT_SUBDIR, SAFETENSORS
 
 Due: TypeAlias = Literal["persistent", "non_persistent"]
 
@@ -23,7 +23,6 @@ _STRICTNESS: Final = (
     "ignore_all",
 )
 _CHOICES: Final = {
-    "ckpt_format": (SAFETENSORS, FSDP_DTENSOR),
     "async_worker": ("thread", "process"),
     "non_persistent_ckpt_type": (None, "global", "local"),
     "dist_ckpt_strictness": _STRICTNESS,
@@ -52,8 +51,7 @@ class CheckpointConfig:
         pretrained_checkpoint: Weights to start from when there is nothing to resume: a checkpoint of Hugging
             Face, or one of these directories. Step, optimizer and random numbers start fresh.
         ckpt_step: Resume from this step, not from the one that the tracker names.
-        ckpt_format: `"safetensors"`, which any number of ranks reads; or `"fsdp_dtensor"`, for those who read
-            with torch DCP.
+        ckpt_format: `"safetensors"`, which any number of ranks reads.
         save_interval: Steps between two checkpoints.
         save_first_step: Save after the first step, too: what cannot be saved is found out then.
         save_optim: Whether optimizers and schedulers are saved.
@@ -80,7 +78,7 @@ class CheckpointConfig:
         custom_manager_class: A class that is a `CheckpointManager`, or where it is: `"package.module.Class"`.
         durable: Whether a checkpoint must survive a power cut before it counts.
         max_shard_size: Bytes of tensors in one file, or a text such as `"5GB"`.
-        storage_writers_per_rank: Threads of torch DCP, for `"fsdp_dtensor"`.
+        storage_writers_per_rank: Threads of `save_fsdp_dtensor_checkpoint`.
 
     Raises:
         ConfigError: A value, or two of them together, make no sense. It is a `ValueError`.
@@ -165,6 +163,12 @@ class CheckpointConfig:
             if getattr(self, name) not in known:
                 text = ", ".join(map(str, known))
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {text}")
+        if self.ckpt_format != SAFETENSORS:
+            raise ConfigError(
+                f"ckpt_format is {self.ckpt_format!r}; it must be safetensors, in which models of FSDP2 are "
+                "saved, too. Directories of torch DCP are written by save_fsdp_dtensor_checkpoint; weights "
+                "out of them can be had as pretrained_checkpoint"
+            )
         for field in fields(self):
             if field.type == "bool" and type(getattr(self, field.name)) is not bool:
                 raise ConfigError(f"{field.name} is {getattr(self, field.name)!r}; it must be True or False")
@@ -204,11 +208,6 @@ class CheckpointConfig:
     def _check_contradictions(self) -> None:
         if self.ckpt_step is not None and self.fall_back:
             raise ConfigError("ckpt_step asks for one step, fall_back for any that can be read: choose one")
-        if self.ckpt_format == FSDP_DTENSOR and self.async_save:
-            raise ConfigError(
-                "async_save writes ckpt_format='safetensors', which FSDP2 models can be saved in, too; to "
-                "write torch DCP in the background, use get_save_and_finalize_callbacks"
-            )
         for name, kind in (("local", "local"), ("global", "global")):
             option = f"non_persistent_{name}_ckpt_dir"
             if getattr(self, option) is not None and self.non_persistent_ckpt_type != kind:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from patchers.errors import CheckpointError, ConfigError
+from patchers.errors import CheckpointError, CheckpointNotFoundError, CollectiveError
 from sharded_ckpt.checkpoint.coordinator import Solo, together
 from sharded_ckpt.training.audit import StrictHandling
 from sharded_ckpt.training.checkpointing.config import CheckpointConfig
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from sharded_ckpt.training.checkpointing.train_state import GlobalState
 
 logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 5
 
 
 def load_checkpoint(
@@ -146,22 +148,40 @@ class _Filled:
 def _load(
     config: CheckpointConfig, filled: _Filled, runtime: Runtime, context: dict[str, Any] | None
 ) -> tuple[int, float]:
-    control = runtime.control
+    for attempt in range(_ATTEMPTS):
+        found = _found(config, runtime, context)
+        if found is None:
+            logger.info("nothing to load: training begins with the model as it is")
+            return 0, 0
+        try:
+            return _load_found(found, config, filled, runtime)
+        except (CheckpointNotFoundError, CollectiveError):
+            # a training that goes on saving may have removed it: all ranks look again, and alike
+            if attempt + 1 == _ATTEMPTS or _found(config, runtime, context) == found:
+                raise
+    raise CheckpointError(f"{config.load} changes faster than it can be loaded")
+
+
+def _found(config: CheckpointConfig, runtime: Runtime, context: dict[str, Any] | None) -> Resolution | None:
+    """Decide what is loaded. Collective."""
     local = local_manager_of(config, context) if config.load is not None else None
-    latest = -1 if local is None else local.find_latest(control)
-    found = resolve_together(config, control, local=latest)
-    if found is None:
-        logger.info("nothing to load: training begins with the model as it is")
-        return 0, 0
-    if found.origin == "local" and local is not None:
-        found = replace(found, directory=str(local.path_of(found.iteration, runtime.global_rank)))
+    latest = -1 if local is None else local.find_latest(runtime.control)
+    found = resolve_together(config, runtime.control, local=latest)
+    if found is not None and found.origin == "local" and local is not None:
+        return replace(found, directory=str(local.path_of(found.iteration, runtime.global_rank)))
+    return found
+
+
+def _load_found(
+    found: Resolution, config: CheckpointConfig, filled: _Filled, runtime: Runtime
+) -> tuple[int, float]:
     if found.weights_only:
         _begin_from(found, filled, runtime)
         return 0, 0
     with opened(found, runtime, fall_back=config.fall_back) as checkpoint:
         _resume(checkpoint, found, config, filled, runtime)
-    logger.info("resumed from %s, step %d", checkpoint.directory, filled.state.train_state.step)
     progress = filled.state.train_state
+    logger.info("resumed from %s, step %d", checkpoint.directory, progress.step)
     return progress.step, progress.floating_point_operations_so_far
 
 
@@ -227,8 +247,6 @@ def _fill(
     runtime: Runtime,
 ) -> None:
     strictness = config.dist_ckpt_strictness if filled.strict else StrictHandling.LOG_ALL
-    if checkpoint.stored is None:
-        raise ConfigError(f"{checkpoint.directory}: in the format of torch DCP")
     options: dict[str, Any] = {"transforms": filled.state.transforms, "strictness": strictness}
     if found.origin != "local":
         load_training_state(checkpoint.stored, model, optimizer, runtime=runtime, **options)

@@ -17,7 +17,6 @@ from sharded_ckpt.training.checkpointing.dataloader_state import dataloader_file
 from sharded_ckpt.training.checkpointing.layout import (
     FORMAT,
     METADATA_FILE,
-    SAFETENSORS,
     TORCH_DIST,
     TRAIN_STATE_FILE,
     _get_checkpoint_format,
@@ -43,13 +42,13 @@ class OpenedCheckpoint:
         directory: Where it is.
         metadata: The content of metadata.json.
         train_state: How far the training had come.
-        stored: Weights and optimizers; None if they are in the format of torch DCP.
+        stored: Weights and optimizers.
     """
 
     directory: str
     metadata: Mapping[str, Any]
     train_state: TrainState
-    stored: StoredState | None
+    stored: StoredState
 
     @property
     def contents(self) -> Mapping[str, Any]:
@@ -76,13 +75,13 @@ class OpenedCheckpoint:
             _check_rank(metadata, runtime, directory)
         where = os.path.join(directory, TRAIN_STATE_FILE)
         train_state = TrainState.from_plain(read_json(source, TRAIN_STATE_FILE), where)
-        stored = StoredState.open(directory) if metadata["sharded_backend"] == SAFETENSORS else None
-        if stored is not None and stored.info["id"] != metadata["id"]:
+        stored = StoredState.open(directory)
+        if stored.info["id"] != metadata["id"]:
             raise CheckpointError(
                 f"{directory}: {METADATA_FILE} and training_state.json are of different saves; was something "
                 "copied into it? Nothing was loaded"
             )
-        for reader in (stored.model, stored.optim) if stored is not None else ():
+        for reader in (stored.model, stored.optim):
             reader.headers()  # says now which file is missing or cut off, while there is still a choice
         return cls(directory, metadata, train_state, stored)
 

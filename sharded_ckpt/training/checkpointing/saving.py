@@ -229,7 +229,11 @@ class _OpenSave:
             return
         try:
             remove_old_checkpoints(
-                target.root, target.keep, newest=target.iteration, protected=(target.iteration,)
+                target.root,
+                target.keep,
+                newest=target.iteration,
+                protected=(target.iteration,),
+                storage=self._storage,
             )
         except (OSError, CheckpointError) as error:
             logger.warning("old checkpoints in %s are not removed: %s", target.root, error)

@@ -102,8 +102,17 @@ def write_trackers(
         OSError: The file system failed; each tracker is the old one or the new one, whole.
     """
     told = json.dumps(train_state, indent=2).encode() + b"\n"
-    for name, data in ((TRAIN_STATE_TRACKER, told), (ITERATION_TRACKER, str(train_state["step"]).encode())):
-        path = Path(directory) / name
+    held = storage.lock(directory)  # another process that saves here would write into what is renamed
+    try:
+        _write(Path(directory), told, str(train_state["step"]).encode(), storage)
+    finally:
+        if held is not None:
+            storage.unlock(held)
+
+
+def _write(directory: Path, train_state: bytes, iteration: bytes, storage: LocalStorage) -> None:
+    for name, data in ((TRAIN_STATE_TRACKER, train_state), (ITERATION_TRACKER, iteration)):
+        path = directory / name
         fresh = path.with_name(f".{name}.new")
         unlink_if_there(storage, fresh)  # of a process that died here
         write_small(storage, fresh, data)
