@@ -16,6 +16,7 @@ from support.storages import FaultyStorage, WatchedStorage
 from support.tiny import tiny_model
 from support.trainings import Training, config_of, equal
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError, ConfigError, MissingKeysError
 from sharded_ckpt.training.checkpointing import (
@@ -415,6 +416,18 @@ def test_the_place_in_the_data_and_the_tokenizer_are_part_of_a_checkpoint(tmp_pa
     assert not (tmp_path / "bare" / "iter_0000001" / "tokenizer").exists()
     Training(bare).load(train_data_iterator=fresh)
     assert "was saved without a data loader: the data begins anew" in caplog.text
+
+
+def test_the_model_is_there_for_the_loaders_of_hugging_face_too(tmp_path):
+    model = tiny_model(layers=2)
+    config = config_of(tmp_path, also_save_hf_checkpoint=True, save_rng=False)
+    state = GlobalState(config)
+    state.train_state.step = 1
+    save_checkpoint(state, model, None, None, 0)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "iter_0000001" / "hf")
+    assert equal(dict(opened.state_dict()), dict(model.state_dict()))
+    with pytest.raises(ConfigError, match="also_save_hf_checkpoint needs the model"):
+        save_checkpoint(state, [], None, None, 0, prebuilt_state_dict={"model": {}})
 
 
 # Short-lived ones ------------------------------------------------------------------------------------------

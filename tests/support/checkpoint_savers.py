@@ -34,14 +34,10 @@ def die_at_every_operation(run: str) -> dict[str, int]:
             assert step == at + 1
             return counts
         assert os.WTERMSIG(status) == signal.SIGKILL
-        assert step in (at, at + 1), (
-            f"operation {number}: resumed from {step} after {at}"
-        )
+        assert step in (at, at + 1), f"operation {number}: resumed from {step} after {at}"
         if step == at:
             now = found.everything()
-            assert all(
-                equal(now[name], left[name]) for name in ("model", "optimizer", "progress")
-            )
+            assert all(equal(now[name], left[name]) for name in ("model", "optimizer", "progress"))
         counts["died"] += 1
         counts["before" if step == at else "after"] += 1
         found.train(1).save()

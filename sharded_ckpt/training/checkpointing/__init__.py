@@ -37,6 +37,27 @@ if TYPE_CHECKING:
     from sharded_ckpt.training.checkpointing.fsdp_dtensor import (
         save_fsdp_dtensor_checkpoint as save_fsdp_dtensor_checkpoint,
     )
+    from sharded_ckpt.training.checkpointing.glu_interleave import (
+        _apply_glu_interleave_to_tensor_data as _apply_glu_interleave_to_tensor_data,
+    )
+    from sharded_ckpt.training.checkpointing.glu_interleave import (
+        _deinterleave_glu_tensor as _deinterleave_glu_tensor,
+    )
+    from sharded_ckpt.training.checkpointing.glu_interleave import (
+        _get_model_glu_interleave_sizes as _get_model_glu_interleave_sizes,
+    )
+    from sharded_ckpt.training.checkpointing.glu_interleave import (
+        _interleave_glu_tensor as _interleave_glu_tensor,
+    )
+    from sharded_ckpt.training.checkpointing.glu_interleave import (
+        _is_swiglu_fc1_checkpoint_key as _is_swiglu_fc1_checkpoint_key,
+    )
+    from sharded_ckpt.training.checkpointing.glu_interleave import (
+        _process_state_dict_for_glu_interleaving as _process_state_dict_for_glu_interleaving,
+    )
+    from sharded_ckpt.training.checkpointing.glu_interleave import (
+        _process_state_dict_for_model_glu_interleaving as _process_state_dict_for_model_glu_interleaving,
+    )
     from sharded_ckpt.training.checkpointing.layout import (
         _DIRECT_ITERATION_DIR_SENTINEL as _DIRECT_ITERATION_DIR_SENTINEL,
     )
@@ -127,6 +148,15 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "load_fsdp_dtensor_checkpoint",
             "preprocess_fsdp_dtensor_state_dict",
             "save_fsdp_dtensor_checkpoint",
+        ),
+        "glu_interleave": (
+            "_apply_glu_interleave_to_tensor_data",
+            "_deinterleave_glu_tensor",
+            "_get_model_glu_interleave_sizes",
+            "_interleave_glu_tensor",
+            "_is_swiglu_fc1_checkpoint_key",
+            "_process_state_dict_for_glu_interleaving",
+            "_process_state_dict_for_model_glu_interleaving",
         ),
         "layout": (
             "TRACKER_PREFIX",

@@ -25,6 +25,7 @@ from sharded_ckpt.training.checkpointing.async_calls import (
     maybe_finalize_async_save,
     schedule_async_save,
 )
+from sharded_ckpt.training.checkpointing.config import CheckpointConfig
 from sharded_ckpt.training.checkpointing.contexts import runtime_of
 from sharded_ckpt.training.checkpointing.dataloader_state import dataloader_state_of
 from sharded_ckpt.training.checkpointing.hf_export import HFExport
@@ -131,6 +132,8 @@ def save_checkpoint(
     )
     refuse_disagreement([one["common"] for one in said], f"save to {target.directory}")
     staged = parts.staged(state, target, control)
+    if config.also_save_hf_checkpoint and not target.is_local:
+        staged = staged.with_export(HFExport.gather(state, model, control, where=target.directory))
     with together(control, f"collecting what is saved to {target.directory}"):
         small = small_files_of(
             state,
@@ -261,7 +264,7 @@ def _parts_of(
 ) -> _Parts:
     config = state.checkpoint_config
     if prebuilt is not None:
-        _check_prebuilt(prebuilt, state.train_state.step)
+        _check_prebuilt(prebuilt, config, state.train_state.step)
         kept = PrebuiltOptimizer(prebuilt) if config.save_optim and prebuilt.get("optimizer") else None
         return _Parts(PrebuiltModel(prebuilt), kept)
     saved = ModelState(model, is_peft=state.peft_config is not None)
@@ -270,7 +273,11 @@ def _parts_of(
     return _Parts(saved, OptimizerState(model, optimizer, scheduler))
 
 
-def _check_prebuilt(prebuilt: Mapping[str, Any], step: int) -> None:
+def _check_prebuilt(prebuilt: Mapping[str, Any], config: CheckpointConfig, step: int) -> None:
+    if config.also_save_hf_checkpoint:
+        raise ConfigError(
+            "also_save_hf_checkpoint needs the model, which prebuilt_state_dict is in place of: pass only one"
+        )
     iteration = prebuilt.get("iteration", step)
     if iteration != step:
         raise ConfigError(
