@@ -7,7 +7,7 @@ computed by groups.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
@@ -19,7 +19,9 @@ from sharded_ckpt.checkpoint.entry import DTYPE_BITS, TensorEntry, nbytes_of
 Numbers: TypeAlias = "tuple[str, ...]"
 """The indexes in a name, in their order."""
 
-_SPLIT = re.compile(r"\.(\d+)(?=\.|$)").split
+_INDEX = re.compile(r"\.(\d+)(?=\.|$)")
+_SPLIT = _INDEX.split
+_DIGITS = str.maketrans("123456789", "0" * 9)
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,16 @@ def group_tensors(files: Iterable[tuple[str, Iterable[tuple[str, TensorEntry]]]]
         ('model.layers.{0-1,3}.mlp.up_proj.weight', 3, 'model.layers')
     """
     groups: dict[_Key, dict[str, list[Numbers]]] = {}
-    split = _SPLIT
+    known: dict[str, _Form] = {}
     for file, items in files:
         here: dict[_Key, list[Numbers]] = {}
-        for key, (dtype, shape, _, _) in items:
-            parts = split(key)
-            here.setdefault((tuple(parts[::2]), dtype, shape), []).append(tuple(parts[1::2]))
+        listed = list(items)
+        for mask, (key, (dtype, shape, _, _)) in zip(_masks([key for key, _ in listed]), listed, strict=True):
+            if mask not in known:
+                known[mask] = _form_of(mask)
+            words, numbers_of = known[mask]
+            kind = words or tuple(_SPLIT(key)[::2]), dtype, shape
+            here.setdefault(kind, []).append(numbers_of(key))
         for kind, numbers in here.items():
             groups.setdefault(kind, {})[file] = numbers
     found = [TensorGroup(*kind, nbytes_of(*kind[1:]), numbers) for kind, numbers in groups.items()]
@@ -131,6 +137,22 @@ def group_tensors(files: Iterable[tuple[str, Iterable[tuple[str, TensorEntry]]]]
 
 
 _Key: TypeAlias = "tuple[tuple[str, ...], str, tuple[int, ...]]"
+_Form: TypeAlias = "tuple[tuple[str, ...] | None, Callable[[str], Numbers]]"
+
+
+def _masks(keys: Sequence[str]) -> Sequence[str]:
+    """Return names with all their digits made zeros: few are different, so few need be taken apart."""
+    masks = "\n".join(keys).translate(_DIGITS).split("\n")
+    return masks if len(masks) == len(keys) else keys
+
+
+def _form_of(mask: str) -> _Form:
+    """Return the words of the names with a mask, None if digits are in them, and what gives their indexes."""
+    words = tuple(_SPLIT(mask)[::2])
+    places = [slice(*match.span(1)) for match in _INDEX.finditer(mask)]
+    several = itemgetter(*places) if len(places) > 1 else None
+    numbers_of = several or (lambda key: tuple(key[place] for place in places))
+    return (None if any("0" in word for word in words) else words), numbers_of
 
 
 def _by_stack(group: TensorGroup) -> list[TensorGroup]:
