@@ -94,7 +94,7 @@ class PlanTarget:
 
     def blocks(self) -> ModelBlocks:
         """Say what each block is."""
-        return model_blocks(self.config if self.location is None and self.config else self.location or "")
+        return model_blocks(self.config or {} if self.location is None else self.location)
 
     def notes(self, plan: OwnershipPlan) -> list[str]:
         """Say what a reader of the plan should know."""
@@ -107,6 +107,7 @@ class PlanTarget:
                 'there are any, "bytes+kv" those in memory, where weights are dequantised as they are loaded'
             )
         if idle := [rank for rank, owned in enumerate(plan.blocks) if not owned]:
-            own = f"rank{'s'[: len(idle) != 1]} {fold_indices(idle)} own{'s'[: len(idle) == 1]} nothing"
-            notes.append(f"{own}: there are {plan.num_blocks} blocks for {plan.world_size} ranks")
+            ranks = f"rank{'s'[: len(idle) != 1]} {fold_indices(idle)} own{'s'[: len(idle) == 1]}"
+            blocks = f"{plan.num_blocks} block{'s'[: plan.num_blocks != 1]}"
+            notes.append(f"{ranks} nothing: {blocks} for {plan.world_size} ranks")
         return notes
