@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from sharded_ckpt.cli import main
-from sharded_ckpt.demo import WeightsUnavailableError, run_fine_tuning, smollm2_folder
 from sharded_ckpt.demo.fine_tuning import FineTuningResult, KindResult, RunResult
 
 
@@ -42,15 +41,3 @@ def test_a_child_is_fine_tuned_through_the_loss_of_a_rank(tmp_path: Path, capsys
         assert one["loss_after"] < one["loss_before"]
     assert told["kinds"][1]["trained"] < told["kinds"][0]["trained"] / 5
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".fine-tuning")] == []
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_real_weights_learn_and_go_on_where_they_were() -> None:
-    try:
-        smollm2_folder(progress=False)
-    except WeightsUnavailableError as error:
-        pytest.skip(str(error))
-    result = run_fine_tuning(progress=False)
-    assert result.is_exact
-    assert all(one.loss_after < one.loss_before - 0.5 for one in result.kinds)
