@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.iteration_dirs import steps_in
 from support.storages import FaultyStorage, WatchedStorage
 from support.tiny import tiny_model
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError, ConfigError, MissingKeysError
 from sharded_ckpt.training.checkpointing import (
+    AsyncCallsQueue,
     CheckpointConfig,
     CheckpointLoadContext,
     CheckpointManager,
@@ -42,6 +44,7 @@ from sharded_ckpt.training.checkpointing import (
     get_checkpoint_version,
     get_rng_state,
     legacy,
+    load_checkpoint,
     pin_checkpoint,
     save_checkpoint,
     set_checkpoint_version,
@@ -430,6 +433,38 @@ def test_the_model_is_there_for_the_loaders_of_hugging_face_too(tmp_path):
         save_checkpoint(state, [], None, None, 0, prebuilt_state_dict={"model": {}})
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own call
+def test_an_adapter_is_saved_alone_and_resumed_over_its_base(tmp_path):
+    import peft
+
+    base = tiny_model(layers=2)
+    base.save_pretrained(tmp_path / "base")
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"])
+
+    def adapted(config, seed):
+        state = GlobalState(config, peft_config=adapter)
+        model = peft.get_peft_model(tiny_model(layers=2, seed=seed), adapter)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return state, model, torch.optim.AdamW(trained, lr=0.1), None
+
+    config = config_of(tmp_path / "run", pretrained_checkpoint=tmp_path / "base")
+    first = adapted(config, seed=3)
+    assert load_checkpoint(*first) == (0, 0)
+    ids = torch.arange(3, 11).view(1, 8)
+    first[1](ids, labels=ids).loss.backward()
+    first[2].step()
+    first[0].train_state.step = 1
+    save_checkpoint(*first, 10)
+    shard = tmp_path / "run/iter_0000001/model/model-00001-of-00001.safetensors"
+    assert all("lora_" in name for name in load_file(shard))
+    resumed = adapted(config, seed=4)
+    assert load_checkpoint(*resumed) == (1, 10)
+    assert equal(dict(resumed[1].state_dict()), dict(first[1].state_dict()))
+    plain = GlobalState(config_of(tmp_path / "run", load_optim=False))
+    with pytest.raises(CheckpointError, match="holds an adapter alone, and a whole model is to be resumed"):
+        load_checkpoint(plain, base, None, None)
+
+
 # Short-lived ones ------------------------------------------------------------------------------------------
 
 
@@ -502,11 +537,34 @@ def test_a_failing_callback_is_raised_after_the_checkpoint_counts(tmp_path):
     assert Training(config_of(tmp_path)).load() == (1, 100)
 
 
-def test_there_must_be_a_place_to_save_to_and_a_queue_for_the_background(tmp_path):
+def test_there_must_be_a_place_to_save_to(tmp_path):
     with pytest.raises(ConfigError, match="there is no place to save to: set save"):
         Training(CheckpointConfig()).train(1).save()
-    with pytest.raises(ConfigError, match="async_save needs a queue"):
-        Training(config_of(tmp_path, async_save=True)).train(1).save()
+    with pytest.raises(ConfigError, match="pg_collection is a int; pass the process group of the ranks"):
+        Training(config_of(tmp_path)).train(1).save(pg_collection=3)
+
+
+def test_a_save_in_the_background_counts_once_it_is_finalized(tmp_path):
+    config = config_of(tmp_path, async_save=True, most_recent_k=1)
+    manager, training, told = create_checkpoint_manager(config), Training(config), Told()
+    for _ in range(2):
+        training.train(1)
+        manager.save(CheckpointSaveContext(*training.parts, 5), told)
+        kept = training.everything()
+        training.model.weight.data.add_(1)
+    assert [step for _, step in told.paths] == [1], "the second one is not published yet"
+    manager.finalize_async_saves(training.state, blocking=True, terminate=True)
+    assert [step for _, step in told.paths] == [1, 2]
+    assert steps_in(tmp_path) == [2]
+    resumed = Training(config_of(tmp_path), seed=1)
+    assert resumed.load() == (2, 5)
+    assert equal(resumed.everything()["model"], kept["model"]), "as it was when the save began"
+    wants = config_of(tmp_path, async_save=True, async_worker="process")
+    with (
+        AsyncCallsQueue() as queue,
+        pytest.raises(ConfigError, match="async_worker is 'process', but"),
+    ):
+        Training(wants, async_calls_queue=queue).train(1).save()
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o027])

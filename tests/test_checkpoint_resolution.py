@@ -22,6 +22,7 @@ from sharded_ckpt.training.checkpointing.layout import (
     iteration_of,
 )
 from sharded_ckpt.training.checkpointing.listing import list_checkpoints
+from sharded_ckpt.training.checkpointing.local import _get_non_persistent_iteration
 from sharded_ckpt.training.checkpointing.resolution import (
     _resolve_checkpoint_iteration,
     newest_of_all,
@@ -295,6 +296,9 @@ def test_a_short_lived_one_is_found_before_the_first_persistent_save(tmp_path):
     run_directory(tmp_path / "run" / "non_persistent", [5], 5)
     found = resolved(load=tmp_path / "run", save=tmp_path / "run", non_persistent_ckpt_type="global")
     assert (found.origin, found.iteration) == ("non_persistent", 5)
+    assert _get_non_persistent_iteration(str(tmp_path / "run" / "non_persistent"), "global") == 5
+    with pytest.raises(ValueError, match="non_persistent_ckpt_type is 'ram'; it must be global or local"):
+        _get_non_persistent_iteration("run", "ram")
 
 
 def test_local_checkpoints_count_as_far_as_all_ranks_have_them(tmp_path):

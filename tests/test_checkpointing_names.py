@@ -24,6 +24,8 @@ SIGNATURES = {
     "_generate_model_state_dict": "model model_sd_kwargs ckpt_format",
     "_get_checkpoint_format": "checkpoint_path",
     "_get_model_glu_interleave_sizes": "model cfg",
+    "_get_non_persistent_iteration": "non_persistent_global_dir non_persistent_ckpt_type "
+    "checkpointing_context",
     "_get_train_state_from_state_dict": "state_dict",
     "_interleave_glu_tensor": "tensor interleave_size",
     "_is_model_section": "section_key",

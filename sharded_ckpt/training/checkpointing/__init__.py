@@ -78,6 +78,9 @@ if TYPE_CHECKING:
     from sharded_ckpt.training.checkpointing.loading import load_checkpoint as load_checkpoint
     from sharded_ckpt.training.checkpointing.local import LocalCheckpointManager as LocalCheckpointManager
     from sharded_ckpt.training.checkpointing.local import (
+        _get_non_persistent_iteration as _get_non_persistent_iteration,
+    )
+    from sharded_ckpt.training.checkpointing.local import (
         init_checkpointing_context as init_checkpointing_context,
     )
     from sharded_ckpt.training.checkpointing.manager import CheckpointCallbacks as CheckpointCallbacks
@@ -171,7 +174,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "set_checkpoint_version",
         ),
         "loading": ("_load_checkpoint_from_path", "load_checkpoint"),
-        "local": ("LocalCheckpointManager", "init_checkpointing_context"),
+        "local": ("_get_non_persistent_iteration", "LocalCheckpointManager", "init_checkpointing_context"),
         "manager": (
             "CheckpointCallbacks",
             "CheckpointManager",

@@ -62,7 +62,8 @@ class CheckpointConfig:
         exit_on_missing_checkpoint: Whether it is an error that there is nothing to resume, also where `load`
             is `save`.
         fall_back: Whether an older checkpoint is taken if the newest cannot be read. It is said in a warning.
-        async_save: Whether training goes on while files are written.
+        async_save: Whether training goes on while files are written. Call `finalize_async_saves` after each
+            step, and with `terminate` in the end.
         async_worker: Who writes them: a `"thread"`, or a `"process"`.
         dist_ckpt_strictness: What to do about tensors that the checkpoint or the model lacks: see
             `StrictHandling`.

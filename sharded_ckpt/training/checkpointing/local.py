@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from patchers.errors import ConfigError
 from sharded_ckpt.checkpoint.coordinator import Coordinator, together
+from sharded_ckpt.runtime import default_runtime
 from sharded_ckpt.training.checkpointing.config import CheckpointConfig
 from sharded_ckpt.training.checkpointing.layout import iteration_name
 from sharded_ckpt.training.checkpointing.listing import list_checkpoints
@@ -69,3 +72,35 @@ def local_manager_of(
     known = {**init_checkpointing_context(config), **(context or {})}
     manager: LocalCheckpointManager | None = known.get(LOCAL_MANAGER)
     return manager
+
+
+def _get_non_persistent_iteration(
+    non_persistent_global_dir: str,
+    non_persistent_ckpt_type: str | None = None,
+    checkpointing_context: Mapping[str, Any] | None = None,
+) -> int:
+    """Return the step of the newest short-lived checkpoint; -1 if there is none.
+
+    Args:
+        non_persistent_global_dir: Where those are that all ranks share.
+        non_persistent_ckpt_type: `"global"`, `"local"`, or None for none at all.
+        checkpointing_context: What `init_checkpointing_context` gave, for local ones.
+
+    Raises:
+        ConfigError: There is no such type.
+
+    Example:
+        >>> _get_non_persistent_iteration("nowhere", "global"), _get_non_persistent_iteration("nowhere")
+        (-1, -1)
+    """
+    if non_persistent_ckpt_type is None:
+        return -1
+    if non_persistent_ckpt_type == "global":
+        tracker = list_checkpoints(non_persistent_global_dir).tracker
+        return -1 if tracker is None else tracker.iteration
+    if non_persistent_ckpt_type != "local":
+        raise ConfigError(
+            f"non_persistent_ckpt_type is {non_persistent_ckpt_type!r}; it must be global or local"
+        )
+    manager = (checkpointing_context or {}).get(LOCAL_MANAGER)
+    return -1 if manager is None else int(manager.find_latest(default_runtime().control))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, TypeAlias
 
-from patchers.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from patchers.errors import CheckpointNotFoundError, ConfigError
 from sharded_ckpt.checkpoint.coordinator import Coordinator, together
 from sharded_ckpt.training.checkpointing.config import CheckpointConfig
 from sharded_ckpt.training.checkpointing.layout import (
@@ -280,9 +280,3 @@ def newest_of_all(steps: Sequence[Sequence[int]]) -> int:
         (10, -1)
     """
     return max(set.intersection(*map(set, steps)), default=_NOTHING)
-
-
-def refuse_broken(resolution: Resolution, error: Exception) -> CheckpointError:
-    """Return the error of a checkpoint that cannot be opened, with what can be done about it."""
-    hint = " An older one is taken with fall_back=True" if resolution.older else ""
-    return CheckpointError(f"{error}.{hint}")

@@ -21,6 +21,7 @@ from sharded_ckpt.checkpoint.publish import transaction
 from sharded_ckpt.checkpoint.storage import LocalStorage
 from sharded_ckpt.checkpoint.transaction import Transaction
 from sharded_ckpt.training.checkpointing.async_calls import (
+    AsyncCallsQueue,
     AsyncRequest,
     maybe_finalize_async_save,
     schedule_async_save,
@@ -81,7 +82,7 @@ def save_checkpoint(
     there or at the next save.
 
     Args:
-        state: Config, step, tokenizer, saves in flight.
+        state: Config, step, tokenizer, and the queue of saves in flight, which is made if it is needed.
         model: The model of this rank, or its parts.
         optimizer: None on ranks that train nothing.
         opt_param_scheduler: The learning-rate scheduler, if there is one.
@@ -118,10 +119,7 @@ def save_checkpoint(
             local=local_manager_of(config, checkpointing_context),
             rank=runtime.global_rank,
         )
-        if config.async_save and state.async_calls_queue is None:
-            raise ConfigError(
-                "async_save needs a queue: GlobalState(config, async_calls_queue=AsyncCallsQueue(...))"
-            )
+        queue = _queue_of(state, control) if config.async_save else None
         state.train_state.floating_point_operations_so_far = num_floating_point_operations_so_far
         parts = _parts_of(state, model, optimizer, opt_param_scheduler, prebuilt_state_dict)
         common = _common(state, target, preprocess_common_state_dict_fn)
@@ -147,7 +145,6 @@ def save_checkpoint(
         )
     if config.also_save_hf_checkpoint and not target.is_local:
         staged = staged.with_export(HFExport.gather(state, model, control, where=target.directory))
-    queue = state.async_calls_queue if config.async_save else None
     if queue is not None:
         staged = queue.snapshot(staged)
     save = _OpenSave(target, staged, small, control, storage or LocalStorage(durable=config.durable))
@@ -271,6 +268,19 @@ def _parts_of(
     if optimizer is None or not config.save_optim:
         return _Parts(saved, None)
     return _Parts(saved, OptimizerState(model, optimizer, scheduler))
+
+
+def _queue_of(state: GlobalState, control: Coordinator) -> AsyncCallsQueue:
+    """Return what saves in the background: the state's, which gets one if it has none."""
+    wanted = state.checkpoint_config.async_worker
+    if state.async_calls_queue is None:
+        state.async_calls_queue = AsyncCallsQueue(control, worker=wanted)
+    elif wanted == "process" and state.async_calls_queue.worker != wanted:
+        raise ConfigError(
+            f"async_worker is 'process', but the state's queue has a {state.async_calls_queue.worker}: "
+            "make it with AsyncCallsQueue(worker='process')"
+        )
+    return state.async_calls_queue
 
 
 def _check_prebuilt(prebuilt: Mapping[str, Any], config: CheckpointConfig, step: int) -> None:
