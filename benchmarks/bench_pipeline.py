@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ PREFILL = (8, 256)
 CURVE = (1, 2, 3, 4, 8, 12, 16, 32, 64, 128)
 LARGE, SMALL = BlockConfig(ffn=FFNConfig(5632)), BlockConfig(AttentionConfig(no_op=True), FFNConfig(1024))
 BLOCKS = [LARGE] * 8 + [SMALL] * 12
-STREAM = (24, 128)  # rows, one in each micro-batch, and tokens
+STREAM = (24, 32)  # rows, one in each micro-batch, and tokens
 
 Methods = dict[str, Callable[[], float]]
 Rounds = list[dict[str, float]]
@@ -113,10 +113,10 @@ def waited() -> tuple[float, float]:
     return int(run) / 1e9, int(wait) / 1e9
 
 
-def rounds(methods: Methods, count: int) -> Rounds:
+def rounds(methods: Methods, count: int, *, warm_up: bool = True) -> Rounds:
     """Return what every method took in the rounds in which no rank was kept waiting."""
     found: Rounds = []
-    for number in range(-1, 3 * count):
+    for number in range(-1 if warm_up else 0, 3 * count):
         ran, stood = waited()
         seconds = {}
         for name in list(methods) if number % 2 else list(methods)[::-1]:
@@ -126,7 +126,7 @@ def rounds(methods: Methods, count: int) -> Rounds:
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, (stood / (ran + stood), seconds))
         if number < 0 or max(share for share, _ in said) > 0.1:
-            continue  # the first one warms up
+            continue
         found.append({name: max(each[name] for _, each in said) for name in methods})
         if len(found) == count:
             break
@@ -149,10 +149,22 @@ class Ranks:
     def __init__(self, folder: str, count: int) -> None:
         self.folder, self.count = folder, count
         self.runtime = default_runtime(device="cpu")
-        self.stage = PipelineStage(load_and_shard_model("auto", folder, runtime=self.runtime), self.runtime)
+
+    @cached_property
+    def stage(self) -> PipelineStage:
+        """This library's stage."""
+        return PipelineStage(load_and_shard_model("auto", self.folder, runtime=self.runtime), self.runtime)
+
+    @cached_property
+    def native(self) -> Any:
+        """This rank's half in transformers' own pipeline."""
         config = DistributedConfig(pp_size=2)
-        self.native = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
-        self.whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+        return AutoModelForCausalLM.from_pretrained(self.folder, distributed_config=config).eval()
+
+    @cached_property
+    def whole(self) -> Any:
+        """The whole model, for the bound."""
+        return AutoModelForCausalLM.from_pretrained(self.folder).eval()
 
     def say(self, **figures: Any) -> None:
         """Print figures once."""
@@ -168,7 +180,7 @@ class Ranks:
             "native": calling(self.native, ids),
             "alone, 2 rows": calling(self.whole, ids[:2]),
         }
-        self.compare("prefill", methods, batch * length, rows)
+        self.compare("prefill", rounds(methods, self.count), batch * length, rows)
 
     def decode(self, batch: int) -> None:
         """Compare steps of decoding."""
@@ -181,11 +193,14 @@ class Ranks:
             "native": generating(self.native.generate, ids),
         }
         methods |= {f"alone, {r} rows": generating(self.whole.generate, ids[:r]) for r in sorted({*rows})}
-        self.compare(str(batch), methods, batch, rows)
+        # the prompt and the first step, which are not counted, warm up
+        self.compare(str(batch), rounds(methods, self.count, warm_up=False), batch, rows)
 
-    def compare(self, case: str, methods: Methods, tokens: int, rows: Sequence[int]) -> None:
-        """Print tokens a second of both, and how far from those of two processes side by side."""
-        found = rounds(methods, self.count)
+    def compare(self, case: str, found: Rounds, tokens: int, rows: Sequence[int]) -> None:
+        """Print tokens a second of both, and how far from those of two processes side by side.
+
+        A single micro-batch keeps one stage busy at a time, so that bound is none for it.
+        """
         if not found:
             return self.say(case=case, rows=rows, rounds=0)
 
@@ -198,8 +213,8 @@ class Ranks:
             ours=median(found, lambda s: tokens / s["ours"]),
             native=median(found, lambda s: tokens / s["native"]),
             ratio=median(found, lambda s: s["native"] / s["ours"]),
-            bound=median(found, lambda s: s["native"] / bound(s)),
-            of_the_bound=median(found, lambda s: bound(s) / s["ours"]),
+            bound=median(found, lambda s: s["native"] / bound(s)) if len(rows) > 1 else None,
+            of_the_bound=median(found, lambda s: bound(s) / s["ours"]) if len(rows) > 1 else None,
             rounds=len(found),
         )
 

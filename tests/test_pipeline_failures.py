@@ -144,6 +144,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"output_hidden_states": True}, "output_hidden_states would be that of one rank's blocks only"),
     ({"micro_batches": [1, 2]}, r"micro_batches are \[1, 2\], which are not the 2 rows of the batch"),
     ({"micro_batches": 0}, "cannot be cut into 0 micro-batches"),
+    ({"input_ids": IDS[0]}, r"a tensor of token ids, \(batch, tokens\), not torch.int64 of shape \(4,\); a"),
+    ({"input_ids": IDS.tolist()}, r"a tensor of token ids, \(batch, tokens\), not list; a tokenizer gives"),
+    ({"input_ids": IDS.float()}, r"not torch.float32 of shape \(2, 4\)"),
+    ({"input_ids": IDS[:0]}, r"not torch.int64 of shape \(0, 4\)"),
     ({"micro_batches": 2, "labels": IDS}, "labels cannot be cut into micro-batches: pass micro_batches=1"),
 ]
 
@@ -153,7 +157,7 @@ def refuse(checkpoint: Path) -> list[str]:
     for arguments, _ in REFUSED:
         stage = stage_of(checkpoint)
         with pytest.raises((CollectiveError, ConfigError)) as caught:
-            stage(IDS, **arguments)
+            stage(**{"input_ids": IDS, **arguments})
         texts.append(str(caught.value))
     return texts
 

@@ -1,4 +1,4 @@
-"""Every family is exact over real ranks: with padding, a cache, micro-batches, and blocks of any kind."""
+"""Every family is exact over real ranks: with padding, a cache, micro-batches, any blocks, and gradients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 from support.families import TEXT_FAMILIES, VISION_FAMILIES
-from support.family_ranks import Case, compared_over_ranks
+from support.family_ranks import Case, compared_over_ranks, trained_over_ranks
 from support.gloo import Gloo
 
 FAMILIES = sorted({*TEXT_FAMILIES, *VISION_FAMILIES})
@@ -19,8 +19,20 @@ CASES = {
 }
 
 
+in_jobs = pytest.mark.parametrize("families", [FAMILIES[at::JOBS] for at in range(JOBS)], ids=" ".join)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("families", [FAMILIES[at::JOBS] for at in range(JOBS)], ids=" ".join)
+@in_jobs
 def test_logits_and_tokens_are_those_of_one_process(gloo: Gloo, families: Sequence[str]) -> None:
     for found in gloo.run_ok(compared_over_ranks, families, CASES, world_size=3, timeout=240):
         assert found == {}
+
+
+@pytest.mark.slow
+@in_jobs
+def test_gradients_are_those_of_one_process(gloo: Gloo, families: Sequence[str]) -> None:
+    for found in gloo.run_ok(trained_over_ranks, families, world_size=2, timeout=240):
+        refused = found.pop("paligemma", None)
+        assert found == {}
+        assert refused is None or "paligemma attends otherwise where its forward is given labels" in refused

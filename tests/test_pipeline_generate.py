@@ -106,6 +106,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"use_cache": False, "prefill_chunk_size": 2}, "only with a cache"),
     ({"max_new_token": 3}, "max_new_token"),
+    ({"inputs": PROMPTS.tolist()}, "input_ids must be a tensor of token ids, (batch, tokens), not list"),
 ]
 
 
@@ -113,7 +114,7 @@ def refuse(checkpoint: Path) -> list[str]:
     texts = []
     for options, _ in REFUSED:
         with pytest.raises((CollectiveError, ConfigError)) as caught:
-            stage_of(checkpoint).generate(PROMPTS, **{"max_new_tokens": 3, **options})
+            stage_of(checkpoint).generate(**{"inputs": PROMPTS, "max_new_tokens": 3, **options})
         texts.append(str(caught.value))
     return texts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.training_ranks import (
     step_of_stage,
     step_of_whole,
     step_on,
+    step_with_odd_batch,
     with_other_ends,
 )
 
@@ -140,6 +142,7 @@ def test_copies_that_differ_are_refused(gloo: Gloo, folder: Path) -> None:
     [
         ({"labels": None}, "a training step needs labels in its batch, or a loss_fn"),
         ({"labels": torch.full((6, 10), -100)}, "no token of the batch counts: all labels are -100"),
+        ({"input_ids": None}, "input_ids must be a tensor of token ids, (batch, tokens), not NoneType"),
     ],
 )
 def test_a_step_without_a_loss_is_refused_on_all_ranks(
@@ -148,6 +151,13 @@ def test_a_step_without_a_loss_is_refused_on_all_ranks(
     wrong = {name: value for name, value in {**batch(), **change}.items() if value is not None}
     for said in failures(gloo.run(step_on, tiny_checkpoint(folder), wrong)):
         assert text in said
+
+
+def test_a_batch_that_is_wrong_on_one_rank_is_told_by_all(gloo: Gloo, folder: Path) -> None:
+    began = time.monotonic()
+    for said in failures(gloo.run(step_with_odd_batch, tiny_checkpoint(folder), batch())):
+        assert "rank 1 was given other inputs than rank 0: other arguments differ" in said
+    assert time.monotonic() - began < 50  # nobody waits for who has failed
 
 
 def test_a_model_without_anything_to_train_is_refused(gloo: Gloo, folder: Path) -> None:

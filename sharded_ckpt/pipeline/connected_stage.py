@@ -16,7 +16,7 @@ from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.model import num_blocks
 from sharded_ckpt.pipeline.body import Passed, Received, StageBody
 from sharded_ckpt.pipeline.failure import failing_together
-from sharded_ckpt.pipeline.inputs import fingerprint, require_runnable
+from sharded_ckpt.pipeline.inputs import fingerprint, require_runnable, require_token_ids
 from sharded_ckpt.pipeline.lineup import Lineup, require_own_keys
 from sharded_ckpt.pipeline.links import Links
 from sharded_ckpt.pipeline.shared_parameters import SharedParameter, shared_parameters
@@ -95,6 +95,7 @@ class ConnectedStage:
             ConfigError: The arguments cannot be right on any stage.
             CollectiveError: The inputs differ between ranks.
         """
+        require_token_ids(inputs.get("input_ids"))
         if self.links is not None:
             require_runnable(inputs, self.shard.config)
             self.links.compare(fingerprint(inputs, extra=extra))

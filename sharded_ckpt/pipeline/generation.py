@@ -25,7 +25,14 @@ from transformers.generation import GenerationMode
 from patchers.errors import ConfigError
 from sharded_ckpt.pipeline.connected_stage import ConnectedStage
 from sharded_ckpt.pipeline.decoding import Part, Stream, decode
-from sharded_ckpt.pipeline.inputs import CACHES, MicroBatches, cut, fingerprint, require_runnable
+from sharded_ckpt.pipeline.inputs import (
+    CACHES,
+    MicroBatches,
+    cut,
+    fingerprint,
+    require_runnable,
+    require_token_ids,
+)
 from sharded_ckpt.pipeline.micro_batches import rows_of_step
 from sharded_ckpt.pipeline.sampling import Sampler
 
@@ -93,6 +100,7 @@ def _prompts(inputs: torch.Tensor | None, options: Mapping[str, Any]) -> tuple[t
     prompts = inputs if by_name is None else by_name
     if prompts is None or (inputs is not None and by_name is not None):
         raise ConfigError("generate takes prompts as its first argument or as input_ids: give one of them")
+    require_token_ids(prompts)
     return prompts, {name: value for name, value in options.items() if name != "input_ids"}
 
 

@@ -25,6 +25,23 @@ MicroBatches = int | Sequence[int] | Literal["auto"]
 _OF_ALL_BLOCKS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
+def require_token_ids(input_ids: Any) -> None:
+    """Refuse anything but whole numbers `(batch, tokens)`.
+
+    Raises:
+        ConfigError: It says what was given.
+    """
+    what = type(input_ids).__name__
+    if isinstance(input_ids, torch.Tensor):
+        what = f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+        if input_ids.ndim == 2 and input_ids.numel() and input_ids.dtype in (torch.int64, torch.int32):
+            return
+    raise ConfigError(
+        f"input_ids must be a tensor of token ids, (batch, tokens), not {what}; a tokenizer gives one with "
+        'return_tensors="pt", padding=True'
+    )
+
+
 def require_runnable(inputs: Mapping[str, Any], config: PreTrainedConfig) -> None:
     """Refuse what no stage can give.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -22,7 +22,7 @@ from sharded_ckpt.pipeline.schedule import best_rows, pass_seconds, sizes_to_mea
 if TYPE_CHECKING:
     from sharded_ckpt.pipeline.connected_stage import ConnectedStage
 
-_STEPS, _PASSES = 4, 2  # of which the fastest counts
+_STEPS, _PASSES = 2, 1  # each time that a size has its turn; the fastest of all counts
 _MOST_OF_STEP, _MOST_OF_PASS = 2, 4  # micro-batches for each stage; a pass has to fill and drain the stages
 
 _known: WeakKeyDictionary[ConnectedStage, dict[Hashable, list[int]]] = WeakKeyDictionary()
@@ -94,11 +94,18 @@ def _measured(
         most = most_of_stage * len(ranks)
         sizes = sizes_to_measure(batch, most)
         with together(control, "measuring micro-batches"):
-            times = [clock(rows) if stage.body.blocks else 0.0 for rows in sizes]
+            times = _forth_and_back(clock, sizes) if stage.body.blocks else [0.0] * len(sizes)
         told = control.gather(times, "comparing micro-batches")
         curves = [dict(zip(sizes, told[rank], strict=True)) for rank in ranks]
         known[known_as] = best_rows(batch, curves, most, seconds)
     return known[known_as]
+
+
+def _forth_and_back(clock: Clock, sizes: Sequence[int]) -> list[float]:
+    """Return the time of each size; a slow moment of the machine shall not decide between them."""
+    forth = [clock(rows) for rows in sizes]
+    back = [clock(rows) for rows in reversed(sizes)]
+    return list(map(min, forth, reversed(back)))
 
 
 def _rounded(tokens: int) -> int:
@@ -106,7 +113,7 @@ def _rounded(tokens: int) -> int:
 
 
 def _step(body: StageBody, rows: int, length: int) -> float:
-    """Return the seconds of one step of decoding: the fastest of a few, after one that warms up."""
+    """Return the seconds of one step of decoding: the fastest of some, after one that warms up."""
     device = next(body.shard.parameters()).device
     inputs: dict[str, Any] = {"input_ids": torch.zeros(rows, 1, dtype=torch.int64, device=device)}
     parameters = inspect.signature(body.shard.forward).parameters

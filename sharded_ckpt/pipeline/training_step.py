@@ -26,6 +26,7 @@ LossFunction = Callable[..., torch.Tensor]
 """`loss_fn(outputs, micro_batch, num_items_in_batch) -> scalar`; those of the micro-batches add up."""
 
 _IGNORED = -100  # transformers' label of tokens that do not count
+_MASKS_BY_LABELS = ("paligemma",)
 
 
 def train_step(
@@ -37,21 +38,23 @@ def train_step(
     num_items_in_batch: int | None = None,
 ) -> torch.Tensor:
     """Run forward and backward over all stages. See `PipelineStage.train_step`."""
-    inputs, others = separated(stage.shard, batch)
-    sizes = sizes_of(micro_batches, batch["input_ids"].shape[0])
     with stage.collectively("a training step"), torch.enable_grad():
+        shared = stage.shared_parameters  # the ranks meet for it, so before any of them can fail alone
         _require_here(stage.shard)
-        parts = list(cut(stage.admit({**inputs, "use_cache": False}, extra=sizes), sizes))
-        with _set_aside(stage.shared_parameters):
+        inputs, others = separated(stage.shard, batch)
+        here = stage.admit({**inputs, "use_cache": False}, extra=micro_batches)
+        sizes = sizes_of(micro_batches, here["input_ids"].shape[0])
+        parts = list(cut(here, sizes))
+        with _set_aside(shared):
             passes = _Passes(stage, _Loss(stage, loss_fn, others, num_items_in_batch))
             losses = passes.run(parts, list(cut({**others, "input_ids": batch["input_ids"]}, sizes)))
             if stage.links is not None:
-                sum_gradients(stage.shared_parameters, stage.runtime.global_rank, stage.links)
-        shared = [torch.stack(losses).sum()] if losses else None
+                sum_gradients(shared, stage.runtime.global_rank, stage.links)
+        loss = [torch.stack(losses).sum()] if losses else None
         if stage.links is not None:
-            shared = stage.links.share(shared, 1)
+            loss = stage.links.share(loss, 1)
         stage.conclude()
-    return shared[0] if shared else torch.zeros(())
+    return loss[0] if loss else torch.zeros(())
 
 
 def clip_grad_norm_(stage: ConnectedStage, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
@@ -76,7 +79,17 @@ def _require_here(shard: nn.Module) -> None:
 
 
 def separated(shard: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide a batch into what the model's forward takes, and what only the loss reads (labels among it)."""
+    """Divide a batch into what the model's forward takes, and what only the loss reads (labels among it).
+
+    Raises:
+        ConfigError: The family's forward makes something else of labels than a loss.
+    """
+    family = shard.config.model_type  # type: ignore[union-attr]
+    if family in _MASKS_BY_LABELS:
+        raise ConfigError(
+            f"{family} attends otherwise where its forward is given labels, and a stage keeps them for the loss "
+            "alone: train and score it in one process"
+        )
     taken = set(inspect.signature(shard.forward).parameters) - {"labels"}
     inputs = {name: value for name, value in batch.items() if name in taken}
     return inputs, {name: value for name, value in batch.items() if name not in taken}

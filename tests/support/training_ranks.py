@@ -130,6 +130,12 @@ def step_on(checkpoint: Path, batch: Mapping[str, torch.Tensor], frozen: bool = 
     stage.train_step(batch)
 
 
+def step_with_odd_batch(checkpoint: Path, batch: Mapping[str, torch.Tensor]) -> None:
+    """Take a step that rank 1 cuts into rows that the batch does not have."""
+    stage = stage_of(checkpoint, materialize=True)
+    stage.train_step(batch, micro_batches=[5, 2] if stage.runtime.global_rank == 1 else [5, 1])
+
+
 def with_other_ends(checkpoint: Path, batch: Mapping[str, torch.Tensor]) -> None:
     """Take a step with copies of the embedding that are not equal."""
     stage = stage_of(checkpoint, materialize=True)
