@@ -87,8 +87,8 @@ def separated(shard: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any
     family = shard.config.model_type  # type: ignore[union-attr]
     if family in _MASKS_BY_LABELS:
         raise ConfigError(
-            f"{family} attends otherwise where its forward is given labels, and a stage keeps them for the loss "
-            "alone: train and score it in one process"
+            f"{family} attends otherwise where its forward is given labels, and a stage keeps them for the "
+            "loss alone: train and score it in one process"
         )
     taken = set(inspect.signature(shard.forward).parameters) - {"labels"}
     inputs = {name: value for name, value in batch.items() if name in taken}

@@ -24,7 +24,12 @@ MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [1] * 9])
 NEW_TOKENS = 3
 BATCHED = {"paligemma"}  # its own model gives rows other tokens where no row of the batch is padded
 UNTIED = {"dbrx"}  # its config refuses to be tied
-ROUNDING = {"dbrx", "granitemoehybrid", "zamba2"}  # gradients of smaller batches round to another 1e-4
+ROUNDING = {
+    "dbrx",
+    "granitemoehybrid",
+    "minimax",
+    "zamba2",
+}  # smaller batches round otherwise
 
 
 @dataclass(frozen=True)
