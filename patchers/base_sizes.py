@@ -229,8 +229,8 @@ def _said(value: int | None, field: str, base_field: str) -> int:
 
 
 def _base_moe(config: Mapping[str, Any], names: FieldNames) -> MoEConfig | None:
-    experts = _size(config, names.num_experts)
-    if experts is None:
+    experts = _size(config, names.num_experts, least=0)  # 0 in dense siblings (granitemoehybrid)
+    if not experts:
         return None
     width = _size(config, names.expert_intermediate_size)
     shared = _size(config, names.shared_expert_intermediate_size, least=0)

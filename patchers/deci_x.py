@@ -28,7 +28,7 @@ from patchers.native import layer_count, text_config_of
 from patchers.size_fields import LayerFields, overridden
 from patchers.size_marks import sides_of
 from patchers.size_plan import SizePlan, plan_sizes
-from patchers.substitution import substitute
+from patchers.substitution import refuse_lenders, substitute
 
 BlockConfigs = Sequence[BlockConfig | Mapping[str, Any]] | Mapping[Any, Any]
 """One entry a block, a `BlockConfig` or a dict in any dialect; or the sparse mapping of per_layer_config."""
@@ -173,6 +173,9 @@ class _Patcher:
         finally:
             self._building.discard(id(make.layer))
         plan.check(make.layer, make.index)
+        if plan.has_other_kv_heads:
+            parts = self.descriptor.kind_of(make.layer).attention
+            refuse_lenders(make.layer, parts, self.descriptor.family, make.index, "other KV heads")
         if not (block.attention.is_native and block.ffn.is_native):
             substitute(make.layer, self.descriptor, block, make.seen.hidden_size, make.index)
 

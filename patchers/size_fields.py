@@ -103,7 +103,13 @@ class LayerFields:
         value = self.given.get(field, field_value(self.config, field, self.index)[1])
         return value if isinstance(value, int) else None
 
+    def says(self, size: str, value: int) -> bool:
+        """Whether a value only repeats what the config says of all layers, under any of the size's names."""
+        return value in (self.base_value(field) for field in _FIELDS[size])
+
     def _try(self, size: str, field: str) -> SizeField | None:
+        if self.base_value(field) == 0:  # there is none of it: another value would make another layer
+            return None
         sizes = self._trial_sizes(size, field)
         try:
             layers = [
@@ -216,7 +222,9 @@ class LayerFields:
         others = tuple(mark for mark in marks if mark.tensor not in of_experts)
         if size == EXPERT_WIDTH:
             return SizeField(size, field, routed, tied=others) if routed else None
-        return None if routed else SizeField(size, field, others)
+        if routed or (size == SHARED_WIDTH and experts is None):
+            return None
+        return SizeField(size, field, others)
 
 
 def field_value(config: PreTrainedConfig, field: str, index: int) -> tuple[bool, Any]:

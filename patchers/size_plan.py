@@ -20,7 +20,6 @@ from patchers.size_fields import (
     WIDTH,
     LayerFields,
     SizeField,
-    field_value,
 )
 from patchers.size_marks import Mark, numbers_of, sides_of, sizes_in
 
@@ -35,10 +34,12 @@ class SizePlan:
     Attributes:
         values: What its config must say, by config field.
         shown: Of each size, what is asked for and where it must show in the built layer.
+        has_other_kv_heads: Whether the KV heads are others than the config says.
     """
 
     values: dict[str, int] = field(default_factory=dict)
     shown: dict[str, tuple[int, tuple[Mark, ...]]] = field(default_factory=dict)
+    has_other_kv_heads: bool = False
 
     def ask(self, found: SizeField, value: int) -> None:
         """Have a field say a value."""
@@ -92,7 +93,8 @@ class _Planner:
         found = None if kv_heads is None else fields.find(KV_HEADS)
         if kv_heads is not None and found is not None:
             self.result.ask(found, kv_heads)
-        elif kv_heads not in (None, fields.base_value(KV_HEADS)):
+            self.result.has_other_kv_heads = kv_heads != self.fields.base_value(found.field)
+        elif kv_heads is not None and not fields.says(KV_HEADS, kv_heads):
             self._refuse(
                 f"num_key_value_heads={kv_heads}", "no config field moves the KV heads of this layer"
             )
@@ -108,7 +110,7 @@ class _Planner:
             )
         beside = {} if own is None or kv_heads is None else {own.field: kv_heads}
         found = self.fields.beside(beside).find(QUERY_HEADS)
-        if found is None and heads == self.fields.query_heads:
+        if found is None and self.fields.says(QUERY_HEADS, heads):
             return self.fields
         if found is None:
             self._refuse(
@@ -133,7 +135,7 @@ class _Planner:
                 "this layer is a mixture of experts: say the width of its experts, "
                 "ffn.moe.expert_intermediate_dim",
             )
-        elif not self._is_base("intermediate_size", width):
+        elif not self.fields.says(WIDTH, width):
             self._refuse(f"intermediate_size={width}", "no config field moves the FFN width of this layer")
 
     def _experts(self, moe: MoEConfig) -> None:
@@ -143,7 +145,7 @@ class _Planner:
             self._refuse("experts (ffn.moe)", "this layer is no mixture of experts")
         for size, value in asked.items():
             found = self.fields.find(size)
-            if value is not None and found is None:
+            if value is not None and found is None and not self.fields.says(size, value):
                 self._refuse(f"{size}={value}", f"no config field moves {size} of this layer")
             elif value is not None and found is not None:
                 self.result.ask(found, value)
@@ -204,10 +206,6 @@ class _Planner:
                 f"num_local_experts={count}",
                 f"a token looks at {reachable} of them (topk_group) and must visit {visited}",
             )
-
-    def _is_base(self, name: str, value: int) -> bool:
-        """Whether a size only repeats what the config says of all layers."""
-        return field_value(self.fields.config, name, self.index)[1] == value
 
     def _refuse(self, asked: str, why: str) -> NoReturn:
         raise FamilyError(f"block {self.index} asks for {asked}, but in {self.family} {why}")

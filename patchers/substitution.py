@@ -30,7 +30,7 @@ def substitute(
     _refuse_unsupported("attention", kind.attention, block.attention, descriptor.family, index)
     _refuse_unsupported("FFN", kind.ffn, block.ffn, descriptor.family, index)
     if not block.attention.is_native:
-        _refuse_lenders(layer, kind.attention, descriptor.family, index)
+        refuse_lenders(layer, kind.attention, descriptor.family, index, "no attention of its own")
     if block.attention.no_op:
         # several mixers of one layer share a cache slot, in which the tokens are counted once
         for number, part in enumerate(kind.attention):
@@ -75,13 +75,19 @@ def _no_attention(part: SubBlock, index: int) -> NoAttention:
     return NoAttention(index, part.arity, part.residual)
 
 
-def _refuse_lenders(layer: nn.Module, parts: tuple[SubBlock, ...], family: str, index: int) -> None:
-    """Refuse to remove an attention whose keys and values later layers use (gemma3n, gemma4)."""
+def refuse_lenders(
+    layer: nn.Module, parts: tuple[SubBlock, ...], family: str, index: int, change: str
+) -> None:
+    """Refuse to change an attention whose keys and values later layers use (gemma3n, gemma4).
+
+    Raises:
+        FamilyError: It is such a one.
+    """
     for part in parts:
         if getattr(layer.get_submodule(part.name), "store_full_length_kv", False):
             raise FamilyError(
-                f"block {index} has no attention of its own, but later layers of this {family} model use its "
-                "keys and values (num_kv_shared_layers): remove theirs, not this one"
+                f"block {index} has {change}, but later layers of this {family} model use its keys and "
+                "values (num_kv_shared_layers): change theirs, not this one"
             )
 
 

@@ -161,6 +161,10 @@ def test_an_attention_whose_keys_later_layers_use_stays() -> None:
         pytest.raises(FamilyError, match="later layers of this gemma4_text model use its keys and values"),
     ):
         drawn_model(config)
+    fewer = [{}, {"attention": {"num_key_value_heads": 1}}, {}, {}]
+    text = "block 1 has other KV heads, but later layers of this gemma4_text model use its keys"
+    with deci_x_patcher(descriptor, fewer), pytest.raises(FamilyError, match=text):
+        drawn_model(config)
     with deci_x_patcher(descriptor, no_op("attention", 3, 4)):
         assert drawn_model(config)
 

@@ -120,3 +120,33 @@ def test_a_part_of_a_heterogeneous_model_is_held_against_its_own_blocks(family: 
     setattr(shard.get_submodule(owner), attribute, nn.Parameter(torch.zeros(3, 3)))
     with pytest.raises(BlockConfigError, match=rf"{name} is \(3, 3\), the config says"):
         check_built(shard, shard.config)
+
+
+UNUSUAL: list[tuple[str, dict[str, Any]]] = [
+    ("falcon", {"new_decoder_architecture": False, "multi_query": True}),  # falcon-7b: num_kv_heads is idle
+    ("granitemoehybrid", {"num_local_experts": 0}),  # granite-4.0-h-micro: no experts
+    ("gemma4_text", {"enable_moe_block": True, "top_k_experts": 2}),
+    ("nemotron_h", {"layers_block_type": ["attention", "moe", "mamba", "mlp"]}),
+    ("deepseek_v3", {"q_lora_rank": None, "n_shared_experts": 2, "first_k_dense_replace": 2}),
+    ("qwen3_moe", {"mlp_only_layers": [0, 2]}),
+    ("gemma2", {"query_pre_attn_scalar": 64, "head_dim": 32}),
+    ("phi3", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4}),
+    ("opt", {"do_layer_norm_before": False}),
+    ("glm4_moe", {"use_qk_norm": True, "attention_bias": True, "n_shared_experts": 2}),
+]
+
+
+@pytest.mark.parametrize(("family", "settings"), UNUSUAL)
+def test_unusual_configs_of_a_family_are_exact_too(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = family_config(family, **settings)
+    kinds = drawn(config, seed=7)
+    model = patched_model(config, kinds)
+    torch.testing.assert_close(logits_of(model), logits_of(model_by_hand(config, kinds, model)))
+    assert decodes_as_without_cache(model)
+    model.config.block_configs = block_configs(config, kinds)
+    save_sharded_checkpoint(model, tmp_path / "saved", durable=False)
+    assert_same_tensors(load_and_shard_model("auto", tmp_path / "saved"), model)
+    odd = load_and_shard_model("auto", tmp_path / "saved", {1, 3})
+    assert_same_tensors(odd, model, partial=True)

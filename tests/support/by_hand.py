@@ -46,7 +46,7 @@ FFN = {
 }
 # The same by hand: under every name that a family may have for it, for all layers of a native model.
 BY_HAND: dict[str, dict[str, Any]] = {
-    "query_heads": {"num_attention_heads": 8, "swa_num_attention_heads": 8, "head_dim": 16},
+    "query_heads": {"num_attention_heads": 8, "swa_num_attention_heads": 8},
     "kv_heads": dict.fromkeys(
         (
             "num_key_value_heads",
@@ -183,8 +183,9 @@ def changed_by_hand(config: PreTrainedConfig, sizes: tuple[str, str]) -> PreTrai
             fields["intermediate_size"] = 24
         if size == "query_heads" and has_as_many_kv_heads(text):
             fields["num_key_value_heads"] = 8
-        if size == "query_heads" and not hasattr(text, "head_dim"):
-            text.head_dim = 16
+        if size == "query_heads":
+            fields["head_dim"] = getattr(text, "head_dim", None) or 16
+            text.head_dim = fields["head_dim"]
         for name in SHARED_COUNTS if size == "expert_width" else ():
             if getattr(text, name, None):
                 was = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
