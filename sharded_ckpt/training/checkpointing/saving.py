@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -26,24 +25,21 @@ from sharded_ckpt.training.checkpointing.async_calls import (
     maybe_finalize_async_save,
     schedule_async_save,
 )
-from sharded_ckpt.training.checkpointing.config import CheckpointConfig
 from sharded_ckpt.training.checkpointing.contexts import runtime_of
 from sharded_ckpt.training.checkpointing.dataloader_state import dataloader_state_of
 from sharded_ckpt.training.checkpointing.hf_export import HFExport
 from sharded_ckpt.training.checkpointing.local import local_manager_of
 from sharded_ckpt.training.checkpointing.retention import remove_old_checkpoints
+from sharded_ckpt.training.checkpointing.saved_parts import saved_parts_of
 from sharded_ckpt.training.checkpointing.small_files import (
     SmallFiles,
     digest_of,
     loader_files,
     small_files_of,
 )
-from sharded_ckpt.training.checkpointing.state_dict import PrebuiltModel, PrebuiltOptimizer
 from sharded_ckpt.training.checkpointing.targets import SaveTarget
 from sharded_ckpt.training.checkpointing.trackers import write_trackers
-from sharded_ckpt.training.model_state import ModelState
-from sharded_ckpt.training.optimizer_state import OptimizerState
-from sharded_ckpt.training.state_files import SavedModel, SavedOptimizer, StagedState
+from sharded_ckpt.training.state_files import StagedState
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -121,7 +117,7 @@ def save_checkpoint(
         )
         queue = _queue_of(state, control) if config.async_save else None
         state.train_state.floating_point_operations_so_far = num_floating_point_operations_so_far
-        parts = _parts_of(state, model, optimizer, opt_param_scheduler, prebuilt_state_dict)
+        parts = saved_parts_of(state, model, optimizer, opt_param_scheduler, prebuilt_state_dict)
         common = _common(state, target, preprocess_common_state_dict_fn)
         loader = dataloader_state_of(train_data_iterator)
     said = control.gather(
@@ -157,23 +153,6 @@ def save_checkpoint(
         schedule_async_save(state, request)
     else:
         request.execute_sync()
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What is saved of model and optimizers."""
-
-    model: SavedModel
-    optimizer: SavedOptimizer | None
-
-    def staged(self, state: GlobalState, target: SaveTarget, control: Coordinator) -> StagedState:
-        """Collect the tensors that this rank writes."""
-        transforms, where = state.transforms, target.directory
-        if not target.is_local:
-            return StagedState.gather(self.model, self.optimizer, control, transforms=transforms, where=where)
-        with together(control, f"collecting the training state for {where}"):
-            staged = StagedState.of_rank(self.model, self.optimizer, transforms=transforms, where=where)
-        return staged
 
 
 class _OpenSave:
@@ -252,24 +231,6 @@ class _OpenSave:
                 raise error
 
 
-def _parts_of(
-    state: GlobalState,
-    model: nn.Module | Sequence[nn.Module],
-    optimizer: Optimizer | Sequence[Optimizer] | None,
-    scheduler: Any | None,
-    prebuilt: Mapping[str, Any] | None,
-) -> _Parts:
-    config = state.checkpoint_config
-    if prebuilt is not None:
-        _check_prebuilt(prebuilt, config, state.train_state.step)
-        kept = PrebuiltOptimizer(prebuilt) if config.save_optim and prebuilt.get("optimizer") else None
-        return _Parts(PrebuiltModel(prebuilt), kept)
-    saved = ModelState(model, is_peft=state.peft_config is not None)
-    if optimizer is None or not config.save_optim:
-        return _Parts(saved, None)
-    return _Parts(saved, OptimizerState(model, optimizer, scheduler))
-
-
 def _queue_of(state: GlobalState, control: Coordinator) -> AsyncCallsQueue:
     """Return what saves in the background: the state's, which gets one if it has none."""
     wanted = state.checkpoint_config.async_worker
@@ -281,19 +242,6 @@ def _queue_of(state: GlobalState, control: Coordinator) -> AsyncCallsQueue:
             "make it with AsyncCallsQueue(worker='process')"
         )
     return state.async_calls_queue
-
-
-def _check_prebuilt(prebuilt: Mapping[str, Any], config: CheckpointConfig, step: int) -> None:
-    if config.also_save_hf_checkpoint:
-        raise ConfigError(
-            "also_save_hf_checkpoint needs the model, which prebuilt_state_dict is in place of: pass only one"
-        )
-    iteration = prebuilt.get("iteration", step)
-    if iteration != step:
-        raise ConfigError(
-            f"prebuilt_state_dict is of step {iteration}, state.train_state of step {step}: save it before "
-            "the next step is taken"
-        )
 
 
 def _common(
