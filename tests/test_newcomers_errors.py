@@ -98,12 +98,11 @@ def test_a_hub_id_without_a_network(
     with socket.socket() as unused:  # a port where nobody listens
         unused.bind(("127.0.0.1", 0))
         use_hub(f"http://127.0.0.1:{unused.getsockname()[1]}", here / "cache", monkeypatch)
-        for name, hint in (("team/model", ""), ("modle", "; did you mean model?")):
+        for name in ("team/model", "team/model@v2"):
             said = refused(capsys, "inspect", name)
             begin = f"{name}: neither a directory here nor a repository on the hub that can be reached or was"
             assert said.startswith(begin)
-            end = "; if a directory is meant, check its path; if the hub is, the connection"
-            assert said.endswith(hint + end)
+            assert said.endswith("; if a directory is meant, check its path; if the hub is, the connection")
             with pytest.raises(CheckpointNotFoundError, match=re.escape(begin)):
                 load_and_shard_model("auto", name)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -111,6 +110,22 @@ def test_a_hub_id_without_a_network(
             capsys, "inspect", "team/model"
         )
         huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("modle", "; did you mean model?"),
+        ("gpt2", ". A hub id is org/name; one without an owner is asked for as hf://gpt2"),
+    ],
+)
+def test_a_name_without_an_owner_is_a_path(
+    name: str, hint: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"{name}: no such file or directory{hint}"
+    assert refused(capsys, "inspect", name) == text
+    with pytest.raises(CheckpointNotFoundError, match=re.escape(text)):
+        load_and_shard_model("auto", name)
 
 
 def test_an_empty_directory(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

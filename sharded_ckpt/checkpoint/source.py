@@ -29,7 +29,8 @@ __all__ = [
 
 INDEX_SUFFIX = ".index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*(?:@[\w.-]+)?", re.ASCII)
+_OLD_HUB_ID = re.compile(r"[A-Za-z0-9_][\w-]*", re.ASCII)
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -87,7 +88,7 @@ def open_source(
 
     Args:
         location: A directory; a `.safetensors` or `.index.json` file in one; a Hugging Face hub id such as
-            `org/name` (or `hf://org/name`, also with `@revision` and `/file`); or a URL that fsspec knows,
+            `org/name` or `org/name@revision` (after `hf://` also with `/file`); or a URL that fsspec knows,
             such as `s3://bucket/folder`. What exists here is never looked up elsewhere.
         revision: Branch, tag or commit of a hub id.
         token: For hub ids that need one, as huggingface_hub takes it.
@@ -115,7 +116,7 @@ def open_source(
     if local is not None:
         return local
     if not isinstance(location, str) or _looks_like_path(text):
-        raise CheckpointNotFoundError(f"{text}: no such file or directory{similar(Path(text))}")
+        raise CheckpointNotFoundError(f"{text}: no such file or directory{_hint(text)}")
     return _open_hub(text, **hub)
 
 
@@ -138,7 +139,15 @@ def _looks_like_path(text: str) -> bool:
     if not _HUB_ID.fullmatch(text) or text.endswith((*_WEIGHT_SUFFIXES, ".json")) or ".." in text:
         return True
     # org/name where ./org is a directory is far more often a mistyped path than a hub id.
-    return "/" in text and Path(text).parent.is_dir()
+    return Path(text).parent.is_dir()
+
+
+def _hint(text: str) -> str:
+    """Return what may have been meant by a path that does not exist."""
+    found = similar(Path(text))
+    if found or not _OLD_HUB_ID.fullmatch(text):
+        return found
+    return f". A hub id is org/name; one without an owner is asked for as hf://{text}"
 
 
 def _open_hub(text: str, **options: Any) -> TensorSource:

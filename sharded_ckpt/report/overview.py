@@ -98,10 +98,10 @@ class CheckpointOverview:
     def title(self) -> str:
         """What it is, in two lines."""
         kinds = ", ".join(f"{dtype} {amount(size, 'bytes')}" for dtype, size in self.dtypes.items())
-        family = f"{self.family or 'no config'}, blocks said in {self.dialect or 'no dialect'}"
+        blocks = f"blocks said in {self.dialect}" if self.dialect else "no block configs"
         parameters = f"{amount(self.parameters, 'parameters')} parameters in {self.tensors} tensors"
         size = f"{amount(self.nbytes, 'bytes')} in {len(self.files)} file{'s'[: len(self.files) != 1]}"
-        return f"{self.location}: {family}\n{parameters}, {size} ({kinds})"
+        return f"{self.location}: {self.family or 'no config'}, {blocks}\n{parameters}, {size} ({kinds})"
 
     def _block_rows(self) -> list[list[str]]:
         several = len({row.stack for row in self.blocks}) > 1
