@@ -29,8 +29,9 @@ def resident(mapping: mmap.mmap) -> int:
     raise LookupError(f"no mapping at {address:x}")
 
 
+@pytest.mark.parametrize("durable", [True, False])
 @pytest.mark.parametrize("begin", [0, 4104])
-def test_pages_of_a_mapping_go_when_they_are_written(tmp_path: Path, begin: int) -> None:
+def test_pages_of_a_mapping_go_when_they_are_written(tmp_path: Path, begin: int, durable: bool) -> None:
     nbytes, content = 40 * 2**20, os.urandom(2**20) * 41
     (tmp_path / "source").write_bytes(content)
     with open(tmp_path / "source", "rb") as file:
@@ -38,7 +39,7 @@ def test_pages_of_a_mapping_go_when_they_are_written(tmp_path: Path, begin: int)
             file.fileno(), len(content), flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
         )
     tensor = torch.frombuffer(mapping, dtype=torch.uint8, offset=begin, count=nbytes)
-    storage = MappedStorage(durable=False)
+    storage = MappedStorage(durable=durable)
     storage.adopt(mapping)
     write_tensors(tmp_path / "copy", {"tensor": tensor}, storage=storage)
     assert resident(mapping) < 2**20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from sharded_ckpt.checkpoint.raw import bytes_of
@@ -57,10 +57,16 @@ class Aligned:
     Args:
         header: The first bytes.
         tensors: What follows; iterated once.
+        copied: Told of the memory that has been copied.
     """
 
-    def __init__(self, header: bytes, tensors: Iterable[torch.Tensor]) -> None:
-        self._bytes = _in_host_memory(header, tensors)
+    def __init__(
+        self,
+        header: bytes,
+        tensors: Iterable[torch.Tensor],
+        copied: Callable[[Sequence[memoryview]], None],
+    ) -> None:
+        self._bytes, self._copied = _in_host_memory(header, tensors), copied
         self._rest = memoryview(b"")
 
     def memory(self) -> memoryview:
@@ -73,6 +79,7 @@ class Aligned:
         while filled < len(memory) and self._more():
             part = self._rest[: len(memory) - filled]
             memory[filled : filled + len(part)] = part
+            self._copied([part])
             filled, self._rest = filled + len(part), self._rest[len(part) :]
         return [memory[:filled]] if filled else []
 

@@ -165,6 +165,9 @@ class LocalStorage:
                 if not pending[0]:
                     del pending[0]
 
+    def let_go(self, buffers: Sequence[Buffer]) -> None:
+        """Be told of memory whose bytes have been written, or copied to be written; not needed again."""
+
     def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
         """Let the disk begin with a range that is complete, while more is copied into the page cache."""
         # Only a hint: whatever goes wrong with the data itself, `sync` reports.

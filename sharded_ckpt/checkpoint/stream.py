@@ -58,7 +58,9 @@ class ByteStream:
         # What must be on the disk at the end need not fill the page cache: finding pages for it can take
         # longer than writing does, and evicts what is in use.
         is_direct = is_large and self._storage.durable and self._storage.bypass_cache(self._fd)
-        self._source: Any = (Aligned if is_direct else InPlace)(self._header, self._tensors)
+        self._source: Any = InPlace(self._header, self._tensors)
+        if is_direct:
+            self._source = Aligned(self._header, self._tensors, self._storage.let_go)
         if not is_large:
             self._work()
             return
@@ -76,6 +78,7 @@ class ByteStream:
                 offset, buffers = taken
                 self._storage.write(self._fd, buffers, offset)
                 self._storage.start_writeback(self._fd, offset, sum(map(len, buffers)))
+                self._storage.let_go(buffers)
         finally:  # by an error, or because nothing is left for any thread
             self._stop.set()
 

@@ -50,16 +50,15 @@ class MappedStorage(LocalStorage):
         """
         self._mappings = [known for known in self._mappings if known() is not None] + [weakref.ref(mapping)]
 
-    def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
-        """Write buffers one after the other, the first one at an offset in bytes."""
-        super().write(fd, buffers, offset)
+    def let_go(self, buffers: Sequence[Buffer]) -> None:
+        """Drop the pages of what has been written, or copied to be written."""
         for known in self._mappings:
             mapping = known()
             if mapping is not None:
-                _let_go(mapping, buffers)
+                _drop_pages(mapping, buffers)
 
 
-def _let_go(mapping: mmap.mmap, buffers: Sequence[Buffer]) -> None:
+def _drop_pages(mapping: mmap.mmap, buffers: Sequence[Buffer]) -> None:
     """Drop the whole pages of a mapping that lie in any of the buffers."""
     base = _address(mapping)
     for buffer in buffers:
