@@ -19,6 +19,7 @@ from support.tiny import tensors_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from patchers.descriptor import ModelDescriptor
 from patchers.families import OWN_PER_LAYER_CONFIG
 from patchers.names import block_of, fold
 from sharded_ckpt import load_and_shard_model
@@ -37,9 +38,10 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_shards_equal_from_pretrained_and_nothing_else_is_read(families: Path, family: str) -> None:
     made = family_checkpoint(families, family)
     *halves, middle = made.ownerships
+    descriptor = ModelDescriptor.of("auto", made.reference.config)
     names: set[str] = set()
     for owned in halves:
-        model = load_and_shard_model("auto", counted_url(made.folder), owned, dtype=torch.bfloat16)
+        model = load_and_shard_model(descriptor, counted_url(made.folder), owned, dtype=torch.bfloat16)
         assert_same_tensors(model, made.reference, partial=True)
         assert storage_of_stubs(model) == 0
         wanted = made.keys_for(set(model.state_dict()))
@@ -69,8 +71,9 @@ TIED = (
 def test_what_is_tied_to_an_unowned_part_is_read_from_there(families: Path, family: str) -> None:
     made = family_checkpoint(families, family, tied=True)
     last = made.num_blocks - 1
+    descriptor = ModelDescriptor.of("auto", made.reference.config)
     for owned in ({0}, {last}, set(range(made.num_blocks))):
-        model = load_and_shard_model("auto", made.folder, owned, dtype=torch.bfloat16)
+        model = load_and_shard_model(descriptor, made.folder, owned, dtype=torch.bfloat16)
         model.tie_weights()
         assert_same_tensors(model, made.reference, partial=len(owned) <= last)
     assert model.load_report.tied
