@@ -13,6 +13,7 @@ import torch
 from sharded_ckpt.checkpoint.storage import Buffer, LocalStorage
 
 _SMALL_BYTES = 2**16
+_FAULT_AROUND = 2**16  # bytes on both sides of a page that Linux maps along with it, what was let go included
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -59,12 +60,12 @@ class MappedStorage(LocalStorage):
 
 
 def _drop_pages(mapping: mmap.mmap, buffers: Sequence[Buffer]) -> None:
-    """Drop the whole pages of a mapping that lie in any of the buffers."""
+    """Drop the whole pages of a mapping that lie in any of the buffers, and those that came with them."""
     base = _address(mapping)
     for buffer in buffers:
         begin = _address(buffer) - base if len(buffer) else -1
         if 0 <= begin < len(mapping):
-            first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+            first = max(0, begin - _FAULT_AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
             last = (begin + len(buffer)) // mmap.PAGESIZE * mmap.PAGESIZE
             if first < last:
                 mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
