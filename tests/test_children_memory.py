@@ -42,7 +42,7 @@ def test_pages_of_a_mapping_go_when_they_are_written(tmp_path: Path, begin: int,
     storage = MappedStorage(durable=durable)
     storage.adopt(mapping)
     write_tensors(tmp_path / "copy", {"tensor": tensor}, storage=storage)
-    assert resident(mapping) < nbytes // 16  # the kernel maps neighbours of what is read last
+    assert resident(mapping) < 2**20
     written = (tmp_path / "copy").read_bytes()[-nbytes:]
     assert written == content[begin : begin + nbytes] == tensor.numpy().tobytes()  # read anew
 
