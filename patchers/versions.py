@@ -9,7 +9,7 @@ import transformers
 
 from patchers.errors import UntestedVersionWarning
 
-TESTED_TRANSFORMERS = (5, 23)
+TESTED_TRANSFORMERS = (5, 24)
 """The newest minor version with which the whole suite has passed."""
 
 

@@ -8,8 +8,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from patchers.errors import CheckpointError
-from sharded_ckpt.checkpoint.contents import Contents, with_token
+from sharded_ckpt.checkpoint.contents import Contents
 from sharded_ckpt.checkpoint.manifest import MANIFEST_FILE, FileDigest, Manifest, digest_file, parse_manifest
+from sharded_ckpt.checkpoint.shard_names import with_token
 from sharded_ckpt.checkpoint.storage import LocalStorage
 from sharded_ckpt.checkpoint.tree import make_parents, unlink_if_there, walk, write_small
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 import posixpath
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,15 +16,8 @@ from typing import Any
 from patchers.errors import CheckpointError
 from patchers.names import fold, fold_indices
 from sharded_ckpt.checkpoint.manifest import MANIFEST_FILE
+from sharded_ckpt.checkpoint.shard_names import SHARD, SUFFIX, shard_name
 from sharded_ckpt.checkpoint.source import INDEX_SUFFIX
-
-SUFFIX = ".safetensors"
-
-SHARD = re.compile(
-    r"(?P<stem>.+?)(?:-(?P<token>[0-9a-f]{8}))?-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors",
-    re.DOTALL,
-)
-"""The name of a shard, with or without what makes it unique to one save."""
 
 
 @dataclass(frozen=True)
@@ -138,16 +129,6 @@ class Contents:
         return set(filter(goes, names))
 
 
-def shard_name(stem: str, number: int, count: int) -> str:
-    """Return the name that Hugging Face gives a shard.
-
-    Example:
-        >>> shard_name("model", 1, 3)
-        'model-00001-of-00003.safetensors'
-    """
-    return f"{stem}-{number:05d}-of-{count:05d}{SUFFIX}"
-
-
 def _merge_metadata(records: Sequence[RankRecord]) -> dict[str, dict[str, Any]]:
     indexes: dict[str, dict[str, Any]] = {}
     for record in records:
@@ -217,16 +198,3 @@ def _check_forms(records: Sequence[RankRecord], indexes: Collection[str]) -> Non
                 raise CheckpointError(
                     f"{file.name}: written beside the index {file.name + INDEX_SUFFIX}; write one"
                 )
-
-
-def with_token(name: str, token: str) -> str:
-    """Return a name for a shard that no other save gives.
-
-    Example:
-        >>> with_token("model-00001-of-00002.safetensors", "3f2a"), with_token("sub/ffn.safetensors", "3f2a")
-        ('model-3f2a-00001-of-00002.safetensors', 'sub/ffn-3f2a.safetensors')
-    """
-    if shard := SHARD.fullmatch(name):
-        return f"{shard['stem']}-{token}-{shard['number']}-of-{shard['count']}{SUFFIX}"
-    stem, extension = os.path.splitext(name)
-    return f"{stem}-{token}{extension}"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError
-from sharded_ckpt.checkpoint.contents import SHARD, shard_name
 from sharded_ckpt.checkpoint.index import INDEX_FILE, CheckpointIndex, index_of_headers, parse_index
 from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.manifest import MANIFEST_FILE
 from sharded_ckpt.checkpoint.publish import transaction
+from sharded_ckpt.checkpoint.shard_names import SHARD, shard_name
 from sharded_ckpt.checkpoint.source import check_name, read_source_header
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from patchers.block_words import attention_words, block_dict, ffn_words
 from patchers.dialects import detect_dialect
 from patchers.names import fold_indices
 from patchers.tables import Page, Table, amount, as_html, as_text
-from sharded_ckpt.checkpoint.contents import SHARD
 from sharded_ckpt.checkpoint.garbage import paused_collection
 from sharded_ckpt.checkpoint.reader import open_checkpoint
+from sharded_ckpt.checkpoint.shard_names import SHARD
 from sharded_ckpt.checkpoint.source import find_config
 from sharded_ckpt.report.block_kinds import Kinds, infer_kinds, main_stack, text_config
 from sharded_ckpt.report.tensor_groups import TensorGroup, group_tensors

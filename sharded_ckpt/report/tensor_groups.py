@@ -7,6 +7,7 @@ computed by groups.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -120,24 +121,25 @@ def group_tensors(files: Iterable[tuple[str, Iterable[tuple[str, TensorEntry]]]]
         ('model.layers.{0-1,3}.mlp.up_proj.weight', 3, 'model.layers')
     """
     groups: dict[_Key, dict[str, list[Numbers]]] = {}
-    known: dict[str, _Form] = {}
     for file, items in files:
-        here: dict[_Key, list[Numbers]] = {}
-        listed = list(items)
-        for mask, (key, (dtype, shape, _, _)) in zip(_masks([key for key, _ in listed]), listed, strict=True):
-            if mask not in known:
-                known[mask] = _form_of(mask)
-            words, numbers_of = known[mask]
-            kind = words or tuple(_SPLIT(key)[::2]), dtype, shape
-            here.setdefault(kind, []).append(numbers_of(key))
-        for kind, numbers in here.items():
-            groups.setdefault(kind, {})[file] = numbers
+        for (mask, dtype, shape), keys in _by_form(items).items():
+            for words, numbers in _taken_apart(mask, keys).items():
+                groups.setdefault((words, dtype, shape), {}).setdefault(file, []).extend(numbers)
     found = [TensorGroup(*kind, nbytes_of(*kind[1:]), numbers) for kind, numbers in groups.items()]
     return sorted((part for group in found for part in _by_stack(group)), key=lambda part: part.name)
 
 
 _Key: TypeAlias = "tuple[tuple[str, ...], str, tuple[int, ...]]"
-_Form: TypeAlias = "tuple[tuple[str, ...] | None, Callable[[str], Numbers]]"
+
+
+def _by_form(items: Iterable[tuple[str, TensorEntry]]) -> dict[tuple[str, str, tuple[int, ...]], list[str]]:
+    """Group names by their masks, dtypes and shapes."""
+    found: defaultdict[tuple[str, str, tuple[int, ...]], list[str]] = defaultdict(list)
+    listed = list(items)
+    keys = [key for key, _ in listed]
+    for mask, (key, (dtype, shape, _, _)) in zip(_masks(keys), listed, strict=True):
+        found[mask, dtype, shape].append(key)
+    return found
 
 
 def _masks(keys: Sequence[str]) -> Sequence[str]:
@@ -146,13 +148,24 @@ def _masks(keys: Sequence[str]) -> Sequence[str]:
     return masks if len(masks) == len(keys) else keys
 
 
-def _form_of(mask: str) -> _Form:
-    """Return the words of the names with a mask, None if digits are in them, and what gives their indexes."""
-    words = tuple(_SPLIT(mask)[::2])
-    places = [slice(*match.span(1)) for match in _INDEX.finditer(mask)]
-    several = itemgetter(*places) if len(places) > 1 else None
-    numbers_of = several or (lambda key: tuple(key[place] for place in places))
-    return (None if any("0" in word for word in words) else words), numbers_of
+def _taken_apart(mask: str, keys: Sequence[str]) -> Mapping[tuple[str, ...], Iterable[Numbers]]:
+    """Return the indexes of names that have one mask, by what stands around them."""
+    spans = [match.span(1) for match in _INDEX.finditer(mask)]
+    bounds = [0, *(bound for begin, end in spans for bound in (begin - 1, end)), len(mask)]
+    words_of, numbers_of = _pieces(list(zip(bounds[::2], bounds[1::2], strict=True))), _pieces(spans)
+    words = words_of(mask)
+    if not any("0" in word for word in words):
+        return {words: map(numbers_of, keys)}
+    found: defaultdict[tuple[str, ...], list[Numbers]] = defaultdict(list)
+    for words, numbers in zip(map(words_of, keys), map(numbers_of, keys), strict=True):
+        found[words].append(numbers)
+    return found
+
+
+def _pieces(spans: Sequence[tuple[int, int]]) -> Callable[[str], tuple[str, ...]]:
+    """Return what gives the parts of a text in these spans; several are had without a frame of Python."""
+    places = [slice(*span) for span in spans]
+    return itemgetter(*places) if len(places) > 1 else lambda text: tuple(text[place] for place in places)
 
 
 def _by_stack(group: TensorGroup) -> list[TensorGroup]:
