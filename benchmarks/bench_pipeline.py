@@ -33,6 +33,7 @@ from transformers.distributed import DistributedConfig
 from transformers.generation import BaseStreamer
 
 from patchers import AttentionConfig, BlockConfig, FFNConfig
+from patchers.cache_names import cache_name
 from sharded_ckpt import (
     PipelineStage,
     create_sharded_model,
@@ -237,7 +238,7 @@ class Ranks:
     def step(self, rows: int) -> dict[str, Any]:
         """Return the inputs of a step of decoding, 32 tokens in."""
         cache = DynamicCache(config=self.stage.shard.config)
-        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        options = {cache_name(self.stage.shard.forward): cache, "use_cache": True, "logits_to_keep": 1}
         with torch.no_grad():
             self.stage.body.run({"input_ids": torch.zeros(rows, 32, dtype=torch.int64), **options})
         return {"input_ids": torch.zeros(rows, 1, dtype=torch.int64), **options}

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from patchers.cache_names import CACHE_NAMES
 from patchers.errors import FamilyError
 from patchers.layer_trial import Calls, LayerTrial
 from patchers.meta import NothingFound
@@ -25,8 +26,7 @@ from patchers.substitutes import hidden_states_of, returned
 
 # an FFN looks at one token at a time; whoever is given one of these looks at others
 _MIXER_ARGUMENTS = {
-    "past_key_values",
-    "cache_params",
+    *CACHE_NAMES,
     "layer_past",
     "position_embeddings",
     "position_ids",

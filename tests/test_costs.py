@@ -10,6 +10,7 @@ import torch
 from support.families import family_config, family_model
 from support.tiny import BLOCKS, block_shapes, heterogeneous_checkpoint, tiny_config
 
+from patchers.cache_names import cache_of
 from patchers.errors import ConfigError
 from sharded_ckpt import load_model_config, plan_ownership
 from sharded_ckpt.ownership import ModelCosts, costs_of, measure_block_times, skeleton_costs
@@ -41,7 +42,7 @@ def test_weights_and_cache_of_any_family_are_what_a_real_model_takes(family: str
     weights = skeleton_costs(model.config, dtype=torch.float32)
     full = skeleton_costs(model.config, by="bytes+kv", batch=BATCH, length=LENGTH, dtype=torch.float32)
     cached = [int(after - before) for before, after in zip(weights.blocks, full.blocks, strict=True)]
-    assert cached == cached_bytes(output.get("past_key_values", output.get("cache_params")))
+    assert cached == cached_bytes(cache_of(output))
     parameters = skeleton_costs(model.config, by="parameters")
     head = model.get_output_embeddings().weight.numel() if model.config.tie_word_embeddings else 0
     assert parameters.total == model.num_parameters() + head

@@ -17,6 +17,7 @@ from support.gloo import Gloo
 from support.stages import run_stages
 from transformers import DynamicCache, PreTrainedModel
 
+from patchers.cache_names import cache_name
 from patchers.substitutes import NoAttention
 from sharded_ckpt import load_and_shard_model
 
@@ -73,13 +74,14 @@ def test_greedy_decoding_gives_the_recorded_tokens(golden: Golden) -> None:
 
 def test_token_by_token_without_position_ids_equals_uncached(golden: Golden) -> None:
     cache, ids = DynamicCache(config=golden.model.config), golden.greedy_tokens
+    name = cache_name(golden.model.forward)
     with torch.no_grad():
         uncached = golden.model(ids).logits
         length = golden.prompt.shape[1]
-        logits = [golden.model(ids[:, :length], past_key_values=cache).logits]
+        logits = [golden.model(ids[:, :length], **{name: cache}).logits]
         for step in range(length, ids.shape[1]):
             assert cache.get_seq_length() == step
-            logits.append(golden.model(ids[:, step : step + 1], past_key_values=cache).logits)
+            logits.append(golden.model(ids[:, step : step + 1], **{name: cache}).logits)
     cached = torch.cat(logits, dim=1)
     assert (cached - uncached).abs().max() <= 1e-5
     assert torch.equal(cached.argmax(-1)[:, length - 1 : -1], ids[:, length:])

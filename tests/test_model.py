@@ -14,6 +14,7 @@ from support.tiny import FAMILIES, heterogeneous_checkpoint, tiny_checkpoint, ti
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from patchers.cache_names import cache_name
 from patchers.errors import OwnershipError, PartialModelError
 from patchers.substitutes import Unowned, UnownedBlock, UnownedEmbedding, armed
 from sharded_ckpt import create_local_shard_, create_sharded_model, load_and_shard_model, set_submodule
@@ -130,7 +131,7 @@ def test_armed_shard_counts_tokens_in_every_layer(folder: Path, owned: set[int])
     shard = load_and_shard_model("auto", folder, owned)
     cache = DynamicCache(config=shard.config)
     with armed(shard), torch.no_grad():
-        shard(IDS, past_key_values=cache)
+        shard(IDS, **{cache_name(shard.forward): cache})
     assert {cache.get_seq_length(layer) for layer in range(7)} == {10}
 
 

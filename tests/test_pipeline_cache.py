@@ -9,6 +9,7 @@ import torch
 from support.tiny import tiny_config, tiny_model
 from transformers import Cache, DynamicCache
 
+from patchers.cache_names import cache_name
 from sharded_ckpt.pipeline.cache import RoomyLayer, with_room
 
 SIZES = [(3, 2), (1, 3)]  # heads and size of keys, of values
@@ -67,7 +68,8 @@ def test_what_a_cache_already_holds_stays() -> None:
 def test_generating_with_it_gives_the_same_logits() -> None:
     model, ids = tiny_model(), torch.arange(4, 16).reshape(2, 6)
     caches = [with_room(DynamicCache(config=model.config)), DynamicCache(config=model.config)]
+    name = cache_name(model.forward)
     with torch.no_grad():
         for start, end in [(0, 4), (4, 5), (5, 6)]:
-            ours, theirs = (model(ids[:, start:end], past_key_values=cache).logits for cache in caches)
+            ours, theirs = (model(ids[:, start:end], **{name: cache}).logits for cache in caches)
             assert torch.equal(ours, theirs)

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from support.gloo import Gloo, RankFailure
 from support.pipelines import Owned, stage_of
 from support.tiny import tiny_checkpoint
+from transformers import DynamicCache
 
+from patchers.cache_names import CACHE_NAMES
 from patchers.errors import CollectiveError, ConfigError
 from sharded_ckpt.pipeline import PipelineStage
 
@@ -148,6 +150,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"input_ids": IDS.tolist()}, r"a tensor of token ids, \(batch, tokens\), not list; a tokenizer gives"),
     ({"input_ids": IDS.float()}, r"not torch.float32 of shape \(2, 4\)"),
     ({"input_ids": IDS[:0]}, r"not torch.int64 of shape \(0, 4\)"),
+    *(
+        ({"micro_batches": 2, name: DynamicCache()}, f"{name} cannot be cut into micro-batches")
+        for name in CACHE_NAMES
+    ),
     ({"micro_batches": 2, "labels": IDS}, "labels cannot be cut into micro-batches: pass micro_batches=1"),
 ]
 

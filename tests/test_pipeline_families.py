@@ -13,6 +13,7 @@ from support.families import TEXT_FAMILIES, family_model
 from support.stages import run_stages
 from transformers import DynamicCache, PreTrainedModel
 
+from patchers.cache_names import cache_name
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import OwnershipError
 from patchers.substitutes import UnownedEmbedding
@@ -58,7 +59,6 @@ def test_logits_are_bit_equal_without_a_cache(family: str) -> None:
 def test_decoding_with_padding_is_bit_equal(family: str) -> None:
     model = family_model(family)
     parameters = inspect.signature(model.forward).parameters
-    cache_name = "past_key_values" if "past_key_values" in parameters else "cache_params"
     shards = shards_of(model)
     caches = [DynamicCache(config=model.config) for _ in (*shards, model)]
     positions = (MASK.cumsum(-1) - 1).clamp(min=0)
@@ -67,8 +67,8 @@ def test_decoding_with_padding_is_bit_equal(family: str) -> None:
         if "position_ids" in parameters:
             inputs["position_ids"] = positions[:, start:end]
         with torch.no_grad():
-            logits = model(**inputs, **{cache_name: caches[-1]}).logits
-        assert torch.equal(run_stages(shards, caches, cache_name, **inputs), logits), (start, end)
+            logits = model(**inputs, **{cache_name(model.forward): caches[-1]}).logits
+        assert torch.equal(run_stages(shards, caches, **inputs), logits), (start, end)
 
 
 def test_blocks_that_share_keys_and_values_must_stay_together() -> None:

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
+from patchers.cache_names import CACHE_NAMES
 from patchers.errors import CollectiveError, ConfigError
 from sharded_ckpt import PipelineStage, Runtime, load_and_shard_model
 from sharded_ckpt.demo.tiny import tiny_folder
@@ -100,9 +101,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"return_dict_in_generate": True, "output_logits": True},
         "output_logits cannot be given by a pipeline's",
     ),
-    (
-        {"past_key_values": DynamicCache()},
-        "past_key_values cannot be given to a pipeline's generate: it makes",
+    *(
+        ({name: DynamicCache()}, f"{name} cannot be given to a pipeline's generate: it makes")
+        for name in CACHE_NAMES
     ),
     ({"use_cache": False, "prefill_chunk_size": 2}, "only with a cache"),
     ({"max_new_token": 3}, "max_new_token"),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from patchers.cache_names import cache_name, cache_of
 from patchers.deci_x import BlockConfigs
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import ConfigError
@@ -135,11 +136,12 @@ def _medians(model: PreTrainedModel, names: list[str], what: _Pass, repeats: int
     cache = None
     with torch.no_grad(), armed(model):
         if what.past:
-            cache = model(what.tokens(what.past), use_cache=True).past_key_values
+            cache = cache_of(model(what.tokens(what.past), use_cache=True))
         for name, clock in clocks.items():
             clock.watch(model.get_submodule(name))
         for _ in range(_WARM_UP + repeats):
-            model(what.tokens(what.length), past_key_values=copy.deepcopy(cache), use_cache=bool(what.past))
+            past = {} if cache is None else {str(cache_name(model.forward)): copy.deepcopy(cache)}
+            model(what.tokens(what.length), use_cache=bool(what.past), **past)
     return {name: statistics.median(clock.seconds[_WARM_UP:]) for name, clock in clocks.items()}
 
 

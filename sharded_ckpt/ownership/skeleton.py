@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from patchers.cache_names import cache_of
 from patchers.deci_x import BlockConfigs
 from patchers.descriptor import ModelDescriptor
 from patchers.embedding_use import reads_embedding_everywhere
@@ -137,7 +138,7 @@ def _cache_bytes(model: PreTrainedModel, shape: tuple[int, int], count: int, ite
             f"the cache of a {model.config.model_type} model cannot be counted without running it: "
             f"{type(error).__name__}: {error}; count by bytes, and leave room for the cache"
         ) from error
-    cache = output.get("past_key_values", output.get("cache_params"))
+    cache = cache_of(output)
     held = vars(cache) if cache is not None else {}
     layers = held.get("layers", ())
     elsewhere = {name: value for name, value in held.items() if name != "layers"}

@@ -13,7 +13,6 @@ import torch
 from transformers.generation import BaseStreamer
 
 from sharded_ckpt.pipeline.cache import with_room
-from sharded_ckpt.pipeline.inputs import CACHES
 from sharded_ckpt.pipeline.sampling import Sampler
 from sharded_ckpt.pipeline.wire import Arrival
 
@@ -71,7 +70,7 @@ class Part:
         chunk: int | None,
     ) -> None:
         self._stage, self.input_ids, self.sampler, self._chunk = stage, input_ids, sampler, chunk
-        self._others = {name: with_room(value) if name in CACHES else value for name, value in others.items()}
+        self._others = {name: with_room(value) for name, value in others.items()}
         self.rows, self.length = input_ids.shape
         self._ended = torch.zeros(self.rows, dtype=torch.bool, device=input_ids.device)
         self._told: Arrival | None = None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    Cache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -22,11 +23,11 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
+from patchers.cache_names import CACHE_NAMES
 from patchers.errors import ConfigError
 from sharded_ckpt.pipeline.connected_stage import ConnectedStage
 from sharded_ckpt.pipeline.decoding import Part, Stream, decode
 from sharded_ckpt.pipeline.inputs import (
-    CACHES,
     MicroBatches,
     cut,
     fingerprint,
@@ -38,8 +39,9 @@ from sharded_ckpt.pipeline.sampling import Sampler
 
 _WITH_STATE = ("logits_processor", "stopping_criteria")
 _REFUSED = {
-    "past_key_values": "makes a cache of its own for each micro-batch; give the whole text as input_ids",
-    "cache_params": "makes a cache of its own for each micro-batch; give the whole text as input_ids",
+    **dict.fromkeys(
+        CACHE_NAMES, "makes a cache of its own for each micro-batch; give the whole text as input_ids"
+    ),
     "assistant_model": "generates without help",
     "custom_generate": "is a loop of its own",
     "inputs_embeds": "runs on input_ids",
@@ -199,5 +201,6 @@ def _require_plain(config: GenerationConfig, prepared: Mapping[str, Any]) -> Non
     for name in _MORE_THAN_IDS:
         if getattr(config, name, None):
             raise ConfigError(f"{name} cannot be given by a pipeline's generate, which returns token ids")
-    if config.prefill_chunk_size is not None and not any(prepared.get(name) is not None for name in CACHES):
+    with_cache = any(isinstance(value, Cache) for value in prepared.values())
+    if config.prefill_chunk_size is not None and not with_cache:
         raise ConfigError("a prompt can be run in chunks (prefill_chunk_size) only with a cache")

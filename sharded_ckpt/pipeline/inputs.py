@@ -16,9 +16,6 @@ from sharded_ckpt.checkpoint.raw import bytes_of
 FINGERPRINTED = ("input_ids", "attention_mask", "position_ids", "other arguments")
 """What a fingerprint says, in this order."""
 
-CACHES = ("past_key_values", "cache_params")
-"""Under which names a family's forward takes its cache."""
-
 MicroBatches = int | Sequence[int] | Literal["auto"]
 """How many micro-batches, the rows of each, or "auto": those that are the fastest, by measuring."""
 
@@ -109,7 +106,8 @@ def sizes_of(micro_batches: MicroBatches, batch: int) -> list[int]:
 
 def inseparable(inputs: Mapping[str, Any]) -> str | None:
     """Return the name of an input that cannot be put together again if it is cut: a cache, or a loss's."""
-    return next((name for name in (*CACHES, "labels") if inputs.get(name) is not None), None)
+    caches = (name for name, value in inputs.items() if isinstance(value, Cache))
+    return next(caches, None if inputs.get("labels") is None else "labels")
 
 
 def require_separable(inputs: Mapping[str, Any], count: int) -> None:

@@ -68,7 +68,7 @@ class Links:
                 raise CollectiveError(
                     f"rank {self._rank} was given other inputs than rank {self._rank - 1}: "
                     f"{', '.join(names)} differ. All ranks must call the pipeline with the same inputs; only "
-                    "past_key_values are their own"
+                    "caches are their own"
                 )
 
     def conclude(self) -> None:

@@ -13,10 +13,11 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from patchers.cache_names import cache_name, cache_of
 from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.pipeline.body import StageBody
 from sharded_ckpt.pipeline.cache import with_room
-from sharded_ckpt.pipeline.inputs import CACHES, MicroBatches, cut, sizes_of
+from sharded_ckpt.pipeline.inputs import MicroBatches, cut, sizes_of
 from sharded_ckpt.pipeline.schedule import best_rows, pass_seconds, sizes_to_measure, step_seconds
 
 if TYPE_CHECKING:
@@ -116,17 +117,15 @@ def _step(body: StageBody, rows: int, length: int) -> float:
     """Return the seconds of one step of decoding: the fastest of some, after one that warms up."""
     device = next(body.shard.parameters()).device
     inputs: dict[str, Any] = {"input_ids": torch.zeros(rows, 1, dtype=torch.int64, device=device)}
-    parameters = inspect.signature(body.shard.forward).parameters
-    if "logits_to_keep" in parameters:
+    if "logits_to_keep" in inspect.signature(body.shard.forward).parameters:
         inputs["logits_to_keep"] = 1
-    made = body.run(inputs | {"use_cache": True}).output
-    name = next((name for name in CACHES if made.get(name) is not None), None)
-    if name is not None:
-        inputs |= {name: made[name], "use_cache": True}
-        if type(made[name]) is DynamicCache:
-            inputs[name] = with_room(DynamicCache(config=body.shard.config.get_text_config(decoder=True)))
+    cache, name = cache_of(body.run(inputs | {"use_cache": True}).output), cache_name(body.shard.forward)
+    if cache is not None and name is not None:
+        if type(cache) is DynamicCache:
+            cache = with_room(DynamicCache(config=body.shard.config.get_text_config(decoder=True)))
+        inputs |= {name: cache, "use_cache": True}
     _seconds(body, inputs)
-    for layer in getattr(inputs.get(name or ""), "layers", ()):
+    for layer in getattr(cache, "layers", ()):
         if isinstance(layer, DynamicLayer) and layer.keys is not None and length > 1:
             layer.update(*(held.expand(-1, -1, length, -1) for held in _first(layer)))
     return min(_seconds(body, inputs) for _ in range(_STEPS))

@@ -67,7 +67,7 @@ class PipelineStage(ConnectedStage):
                 rows of each, or "auto": the cut that is the fastest, by running parts of the batch first (one
                 part where there is a cache or a loss).
             **inputs: What the model's forward takes besides (`attention_mask`, `position_ids`,
-                `past_key_values`, …). A cache is this rank's own.
+                its cache, …). A cache is this rank's own.
 
         Returns:
             The model's own output on the rank of the head, and with `broadcast` on the others; else None.

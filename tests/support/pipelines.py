@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import DynamicCache
 
+from patchers.cache_names import cache_name
 from sharded_ckpt.loading.verbs import load_and_shard_model
 from sharded_ckpt.pipeline import PipelineStage
 from sharded_ckpt.runtime import default_runtime
@@ -39,10 +40,10 @@ def decoded(checkpoint: Path, owned: Owned, ids: torch.Tensor, prompt: int, **in
     stage = stage_of(checkpoint, owned)
     cache = DynamicCache(config=stage.shard.config)
     cuts = [(0, prompt), *((at, at + 1) for at in range(prompt, ids.shape[1]))]
-    outputs = []
+    name_of_cache, outputs = cache_name(stage.shard.forward), []
     for start, end in cuts:
         mask = {name: value[:, :end] for name, value in inputs.items()}
-        outputs.append(stage(ids[:, start:end], past_key_values=cache, **mask))
+        outputs.append(stage(ids[:, start:end], **{name_of_cache: cache}, **mask))
     return [None if output is None else output.logits for output in outputs]
 
 

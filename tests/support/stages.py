@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from patchers.cache_names import cache_name
 from sharded_ckpt.pipeline.body import StageBody
 
 
 def run_stages(
     shards: Sequence[PreTrainedModel],
     caches: Sequence[Any] | None = None,
-    cache_name: str = "past_key_values",
     **inputs: Any,
 ) -> torch.Tensor:
     """Return the logits: each shard runs the model's own forward on what the one before gave."""
@@ -24,7 +24,7 @@ def run_stages(
         body = StageBody(shard)
         if not body.blocks:
             continue
-        cache = {} if caches is None else {cache_name: caches[number]}
+        cache = {} if caches is None else {cache_name(shard.forward): caches[number]}
         with torch.no_grad():
             passed = body.run({**inputs, **cache}, hidden_states.pop if hidden_states else None)
         hidden_states.append(passed.hidden_states)
