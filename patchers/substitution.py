@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from patchers.block_config import AttentionConfig, BlockConfig, FFNConfig
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import FamilyError
+from patchers.kv_sharing import blocks_that_share
 from patchers.probe import SubBlock
 from patchers.substitutes import LinearAttention, LinearFFN, NoAttention, NoFFN, NoNorm
 
@@ -84,7 +87,9 @@ def refuse_lenders(
         FamilyError: It is such a one.
     """
     for part in parts:
-        if getattr(layer.get_submodule(part.name), "store_full_length_kv", False):
+        attention: Any = layer.get_submodule(part.name)
+        lends = getattr(attention, "store_full_length_kv", False)
+        if lends and blocks_that_share(getattr(attention, "config", None)):
             raise FamilyError(
                 f"block {index} has {change}, but later layers of this {family} model use its keys and "
                 "values (num_kv_shared_layers): change theirs, not this one"

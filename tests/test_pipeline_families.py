@@ -78,3 +78,8 @@ def test_blocks_that_share_keys_and_values_must_stay_together() -> None:
         OwnershipError, match="blocks 0-3 of gemma3n_text share keys and values, which do not"
     ):
         require_own_keys(Lineup(((0, 1), (2, 3)), 4), config)
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_blocks_whose_keys_nobody_uses_may_be_on_several_ranks(family: str) -> None:
+    require_own_keys(Lineup(((0, 1), (2, 3)), 4), family_model(family, num_kv_shared_layers=0).config)

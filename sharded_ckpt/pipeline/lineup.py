@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchers.errors import OwnershipError
+from patchers.kv_sharing import blocks_that_share
 from patchers.names import fold_indices
 
 _ONE_RANK = (
@@ -75,13 +76,12 @@ def require_own_keys(lineup: Lineup, config: Any) -> None:
 
     Args:
         lineup: Who runs what.
-        config: A transformers config; `kv_sharing_modes` says "store" and "reuse" of blocks that share.
+        config: A transformers config.
 
     Raises:
         OwnershipError: It says which blocks must stay together.
     """
-    modes = getattr(config, "kv_sharing_modes", None) or ()
-    sharing = [block for block, mode in enumerate(modes) if mode]
+    sharing = blocks_that_share(config)
     ranks = [rank for rank, run in enumerate(lineup.owned) if set(run) & set(sharing)]
     if len(ranks) > 1:
         raise OwnershipError(
