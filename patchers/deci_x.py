@@ -100,8 +100,9 @@ def _text_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields that say the decoder layers, with the block configs that an outer config says of them."""
     text = text_config_of(config)
     fields = text.to_dict()
-    if not any(name in fields for name in SIZE_FIELDS["num_hidden_layers"]):  # a property, or of an encoder
-        fields["num_hidden_layers"] = layer_count(config)
+    # the number of layers may be a property, that of an encoder, or written otherwise than it is used (dory)
+    names = [name for name in SIZE_FIELDS["num_hidden_layers"] if name in fields] or ["num_hidden_layers"]
+    fields |= dict.fromkeys(names, layer_count(config))
     if text is config or config.is_encoder_decoder:
         return fields
     outer = config.to_dict()

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import TEXT_FAMILIES, family_model
+from support.causal_lms import ENTRIES, small_config
+from support.families import TEXT_FAMILIES, drawn_model, family_model
 from support.stages import run_stages
 from transformers import DynamicCache, PreTrainedModel
 
 from patchers.cache_names import cache_name
 from patchers.descriptor import ModelDescriptor
-from patchers.errors import OwnershipError
+from patchers.errors import OwnershipError, PartialModelError
 from patchers.substitutes import UnownedEmbedding
 from sharded_ckpt.model import create_local_shard_
 from sharded_ckpt.pipeline.lineup import Lineup, require_own_keys
@@ -39,7 +40,10 @@ def families(without: Collection[str] = ()) -> list[Any]:
 def shards_of(model: PreTrainedModel) -> list[PreTrainedModel]:
     """First block, those in the middle, last block: every kind of stage."""
     count = model.config.num_hidden_layers
-    runs = [[0], list(range(1, count - 1)), [count - 1]]
+    return cut_into(model, [[0], list(range(1, count - 1)), [count - 1]])
+
+
+def cut_into(model: PreTrainedModel, runs: list[list[int]]) -> list[PreTrainedModel]:
     descriptor = ModelDescriptor.of("auto", model.config)
     return [create_local_shard_(copy.deepcopy(model), run, descriptor) for run in runs]
 
@@ -83,3 +87,13 @@ def test_blocks_that_share_keys_and_values_must_stay_together() -> None:
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_blocks_whose_keys_nobody_uses_may_be_on_several_ranks(family: str) -> None:
     require_own_keys(Lineup(((0, 1), (2, 3)), 4), family_model(family, num_kv_shared_layers=0).config)
+
+
+@pytest.mark.skipif("dory" not in ENTRIES, reason="this transformers has no dory")
+def test_a_rank_may_end_before_blocks_that_run_again_and_not_among_them() -> None:
+    model = drawn_model(small_config("dory"))  # runs blocks 1 and 2 twice
+    with torch.no_grad():
+        logits = model(input_ids=IDS, use_cache=False).logits
+    assert torch.equal(run_stages(cut_into(model, [[0], [1, 2, 3]]), input_ids=IDS, use_cache=False), logits)
+    with pytest.raises(PartialModelError, match="runs its block 1 2 times in one pass, so no rank can end"):
+        run_stages(cut_into(model, [[0, 1], [2, 3]]), input_ids=IDS, use_cache=False)

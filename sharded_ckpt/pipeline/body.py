@@ -85,6 +85,7 @@ class StageBody:
             if self._head is not None and not head:
                 stack.enter_context(_passing_on(self._head))
             output = self.shard(**inputs)
+        self._require_one_turn(len(left))
         hidden_states, version = left[0]
         if _version(hidden_states) != version:
             raise PartialModelError(
@@ -92,6 +93,14 @@ class StageBody:
                 "cannot be sent to another rank"
             )
         return Passed(hidden_states, output)
+
+    def _require_one_turn(self, turns: int) -> None:
+        """Refuse to end among blocks that are run again (dory): what was sent is of one turn."""
+        if turns != 1 and len(self._stubs) > 0:
+            raise PartialModelError(
+                f"{type(self.shard).__name__} runs its block {self.blocks[-1]} {turns} times in one pass, so "
+                "no rank can end there: let one rank own all blocks that are run repeatedly"
+            )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -21,6 +22,7 @@ from patchers.errors import FamilyError
 from patchers.meta import build_on_meta
 from support.families import TEXT_FAMILIES, family_config
 
+VERSION = ".".join(transformers.__version__.split(".")[:2])
 ENTRIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 TABLE = Path(__file__).parents[2] / "docs" / "causal_lms.md"
 _LATENT = {"num_key_value_heads": 4}
@@ -32,11 +34,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
     "deepseek_v32": _LATENT,
+    "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": _LATENT,
     "gemma4_unified_text": TEXT_FAMILIES["gemma4_text"],
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _LATENT,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "inkling2_loop_text": {
+        **_WINDOWED,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 3,
+        "n_layers_per_attn_res_block": 1,
+        "unpadded_vocab_size": 120,
+    },
     "inkling2_text": _WINDOWED,
     "inkling_text": _WINDOWED,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
@@ -53,6 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "hc_lowrank": 8,
     },
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16]},
+    "sarvam_mla": _LATENT,
     "whisper": {"decoder_attention_heads": 4, "encoder_attention_heads": 4},
     "xmod": {"default_language": "en_XX"},
     "youtu": _LATENT,
@@ -70,11 +82,11 @@ SIZES = {
 }
 HEAD = """# Causal language models of transformers
 
-Every entry of transformers' mapping of causal language models (5.23), built small on the meta device. The
-descriptor is derived by rule, its parts are tried out, and its sizes are found by building layers twice. The
-columns *removable* and *linear* say which parts a block can do without, or have a linear layer in place of;
-*sizes* are those that one block may have otherwise than the others. Where nothing could be derived, the last
-column says why: see [adding a family](adding_a_family.md).
+Every entry of transformers' mapping of causal language models ({version}), built small on the meta device.
+The descriptor is derived by rule, its parts are tried out, and its sizes are found by building layers twice.
+The columns *removable* and *linear* say which parts a block can do without, or have a linear layer in place
+of; *sizes* are those that one block may have otherwise than the others. Where nothing could be derived, the
+last column says why: see [adding a family](adding_a_family.md).
 
 What is claimed here is shown by running models: for the families of [families.md](families.md) in
 `tests/test_family_heterogeneous.py`, for the others in `tests/test_causal_lms.py`. Every claim is had by a
@@ -125,6 +137,11 @@ def committed_rows() -> dict[str, str]:
     return {line.split("`")[1]: line for line in lines if line.startswith("| `") and "model_type" not in line}
 
 
+def committed_version() -> str:
+    """The transformers that the committed table is of."""
+    return TABLE.read_text().split("causal language models (")[1].split(")")[0]
+
+
 def _found(entry: str) -> Iterator[str]:
     config = small_config(entry)
     descriptor = ModelDescriptor.from_config(config)
@@ -142,4 +159,4 @@ def _found(entry: str) -> Iterator[str]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    print(HEAD + "\n".join(map(row, ENTRIES)))
+    print(HEAD.replace("{version}", VERSION) + "\n".join(map(row, ENTRIES)))
