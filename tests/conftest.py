@@ -9,6 +9,11 @@ import pytest
 from support.gloo import Gloo
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite; what is named on the command line runs in one, where pdb works."""
+    return 0 if config.args_source is pytest.Config.ArgsSource.ARGS else 2
+
+
 @pytest.fixture(scope="session")
 def gloo(tmp_path_factory: pytest.TempPathFactory) -> Gloo:
     """Real gloo ranks: `gloo.run(fn, *args, world_size=4)`."""
