@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -99,10 +101,20 @@ def test_weights_that_are_dequantised_count_as_they_are_in_memory() -> None:
 # Time -----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other take as long as other work on the machine lets them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_block_that_works_longer_is_measured_as_dearer() -> None:
-    blocks = [{"ffn": {"intermediate_size": 8192}}, {"ffn": {"no_op": True}}] * 2
+    blocks = [{"ffn": {"intermediate_size": 16384}}, {"ffn": {"no_op": True}}] * 2
     config = tiny_config(hidden_size=512)
-    times = measure_block_times(config, length=128, block_configs=blocks, repeats=3)
+    times = measure_block_times(config, length=64, block_configs=blocks, repeats=5)
     assert times.by == "seconds"
     wide, without, wide_again, _ = times.blocks
     assert wide == wide_again > 3 * without > 0  # alike blocks are measured once
@@ -118,6 +130,7 @@ def test_a_step_of_decoding_is_measured_for_any_family(family: str) -> None:
     assert len(set(times.blocks)) == kinds[family]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_times_of_the_parts_add_up_to_that_of_the_model() -> None:
     model = family_model("llama", hidden_size=256, intermediate_size=1024, head_dim=64, vocab_size=2048)
     tokens = torch.randint(3, 100, (2, 256))
@@ -128,7 +141,7 @@ def test_the_times_of_the_parts_add_up_to_that_of_the_model() -> None:
             model(tokens, use_cache=False)
             seconds.append(time.perf_counter() - began)
     measured = measure_block_times(model.config, batch=2, length=256, dtype=torch.float32).total
-    assert 0.3 < measured / min(seconds) < 3  # the machine has other work, too
+    assert 0.3 < measured / statistics.median(seconds) < 3  # the machine has other work, too
 
 
 def test_nothing_is_not_measured() -> None:
