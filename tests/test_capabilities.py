@@ -169,6 +169,16 @@ def test_an_attention_whose_keys_later_layers_use_stays() -> None:
         assert drawn_model(config)
 
 
+def test_an_attention_that_stores_its_keys_for_no_layer_of_the_model_may_go() -> None:
+    """gemma4 has the last layer of each type store them in any case, for the assistant models beside it."""
+    config = family_config("gemma4_text", num_kv_shared_layers=0)
+    blocks = [{}, {}, {"attention": {"num_key_value_heads": 1}}, {"attention": {"no_op": True}}]
+    with deci_x_patcher(ModelDescriptor.from_config(config), blocks):
+        layers = drawn_model(config).model.layers
+    assert layers[2].self_attn.k_proj.weight.shape == (16, 64)
+    assert not list(layers[3].self_attn.parameters())
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "dbrx", "gpt_oss", "deepseek_v3"])
 def test_the_number_of_visited_experts_is_seen_in_what_they_compute(family: str) -> None:
     """Of the experts of one token, exactly as many change its result as the block says."""
