@@ -173,8 +173,9 @@ def _trace(model: PreTrainedModel, calls: Mapping[nn.Module, Calls]) -> None:
 
 def _forward_on_meta(model: PreTrainedModel) -> None:
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    # a 4-D mask is taken as it is, where computing one would ask meta tensors for values; some want none
-    masks = (torch.zeros(1, 1, 2, 2, dtype=torch.bool, device="meta"), None)
+    # a 4-D mask is taken as it is, where computing one would ask meta tensors for values; some want none, and
+    # some (falcon with alibi) one that says which tokens are there
+    masks = (torch.zeros(1, 1, 2, 2, dtype=torch.bool, device="meta"), None, torch.ones_like(ids))
     nested = model.config.get_text_config(decoder=True) is not model.config
     decoder = model.get_decoder() if nested else model  # only that part is run which has the layers
     failures = []

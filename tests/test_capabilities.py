@@ -7,6 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.by_hand import (
+    decodes_as_without_cache,
+    decodes_padded_as_alone,
+    logits_of,
+    model_by_hand,
+    patched_model,
+)
 from support.families import TEXT_FAMILIES, VISION_FAMILIES, drawn_model, family_config
 
 from patchers import ModelDescriptor, capabilities, deci_x_patcher
@@ -167,6 +174,41 @@ def test_an_attention_whose_keys_later_layers_use_stays() -> None:
         drawn_model(config)
     with deci_x_patcher(descriptor, no_op("attention", 3, 4)):
         assert drawn_model(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("qwen3_moe", "moe_intermediate_size"),
+        ("mixtral", "intermediate_size"),
+        ("gpt_oss", "intermediate_size"),
+    ],
+)
+def test_experts_may_have_a_width_that_no_grouped_kernel_takes(family: str, field: str) -> None:
+    config = family_config(family, **{field: 12})
+    can = capabilities(config)
+    assert can["experts"] is True
+    assert can["expert_width"] is True
+    with deci_x_patcher(config, no_op("attention", 1, 4)):
+        model = drawn_model(config)
+    assert bool(logits_of(model).isfinite().all())
+
+
+def test_falcon_with_alibi_is_described_like_falcon_with_rotary_positions() -> None:
+    """It is falcon-rw: attention and FFN one after the other, as many KV heads as query heads."""
+    rw = {"alibi": True, "new_decoder_architecture": False, "parallel_attn": False, "multi_query": False}
+    config = family_config("falcon", **rw, bias=True, num_kv_heads=4)
+    can = capabilities(config)
+    assert {"no_op_attention", "linear_attention", "no_op_ffn", "linear_ffn", "ffn_width"} == {
+        cell for cell, answer in can.items() if answer is True
+    }
+    kinds = [("no_op_attention", "ffn_width"), ("native", "no_op_ffn"), ("linear_attention", "native")]
+    kinds += [("native", "linear_ffn")]
+    model = patched_model(config, kinds)
+    by_hand = model_by_hand(config, kinds, model)
+    torch.testing.assert_close(logits_of(model), logits_of(by_hand), rtol=1e-5, atol=1e-5)
+    assert decodes_as_without_cache(model)
+    assert decodes_padded_as_alone(model)
 
 
 def test_an_attention_that_stores_its_keys_for_no_layer_of_the_model_may_go() -> None:
