@@ -51,8 +51,13 @@ def edit_weight_map(folder: Path, change: Callable[[dict[str, str]], Any]) -> No
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def refused(error: type[Exception], folder: Path, *texts: str, **options: Any) -> None:
-    for route in ("direct", "converted"):
+ROUTES = ("direct", "converted")
+
+
+def refused(
+    error: type[Exception], folder: Path, *texts: str, routes: tuple[str, ...] = ROUTES, **options: Any
+) -> None:
+    for route in routes:
         with pytest.raises(error) as raised:
             load_and_shard_model("auto", folder, route=route, **options)
         for text in texts:
@@ -86,6 +91,73 @@ def test_other_shape_names_key_file_and_both_shapes(folder: Path) -> None:
     text = f"{UP} in {file} has shape (48, 64), the model wants (96, 64)"
     refused(
         CheckpointError, folder, text, "infer_block_configs reads the block configs off the tensor shapes"
+    )
+
+
+def mixtral(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A checkpoint that transformers converts, after a change of its tensors."""
+    made = shutil.copytree(tiny_checkpoint(folder, "mixtral", num_local_experts=4), folder / "checkpoint")
+    rewrite(made, change)
+    return made
+
+
+CONVERTED = ("converted",)
+EXPERTS = "model.layers.1.block_sparse_moe.experts"
+
+
+def test_other_shape_is_named_where_transformers_converts_too(tmp_path: Path) -> None:
+    key = "model.layers.1.self_attn.k_proj.weight"
+    folder = mixtral(tmp_path, lambda tensors: tensors.update({key: torch.ones(16, 64)}))
+    file = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][key]
+    text = f"{key} in {file} has shape (16, 64), the model wants (32, 64)"
+    refused(
+        CheckpointError,
+        folder,
+        "1 tensors do not fit the model",
+        text,
+        "infer_block_configs",
+        routes=CONVERTED,
+    )
+
+
+def test_too_few_experts_are_counted(tmp_path: Path) -> None:
+    def drop_one(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(f"{EXPERTS}.3.")]:
+            del tensors[name]
+
+    made_of = f"3 of shape (64, 96) ({EXPERTS}.{{0-2}}.w2.weight) in model-0000"
+    folder = mixtral(tmp_path, drop_one)
+    refused(
+        CheckpointError,
+        folder,
+        "layers.1.mlp.experts.down_proj",
+        made_of,
+        "model wants (4, 64, 96)",
+        routes=CONVERTED,
+    )
+
+
+def test_an_expert_that_lacks_one_tensor_or_has_it_in_another_size_is_found(tmp_path: Path) -> None:
+    key = f"{EXPERTS}.2.w1.weight"
+    text = f"3 of shape (96, 64) ({EXPERTS}.{{0-1,3}}.w1.weight)"
+    folder = mixtral(tmp_path, lambda tensors: tensors.pop(key))
+    refused(
+        CheckpointError,
+        folder,
+        "gate_up_proj is made of",
+        text,
+        "The files may lack tensors",
+        routes=CONVERTED,
+    )
+    rewrite(folder, lambda tensors: tensors.update({key: torch.ones(48, 64)}))
+    refused(CheckpointError, folder, text, f"1 of shape (48, 64) ({key})", routes=CONVERTED)
+
+
+def test_missing_tensor_names_the_checkpoint_where_transformers_converts_too(tmp_path: Path) -> None:
+    key = "model.layers.1.input_layernorm.weight"
+    folder = mixtral(tmp_path, lambda tensors: tensors.pop(key))
+    refused(
+        MissingKeysError, folder, f"{folder} has no tensors for 1 of the shard's: {key}", routes=CONVERTED
     )
 
 

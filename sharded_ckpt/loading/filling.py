@@ -22,6 +22,7 @@ from patchers.descriptor import ModelDescriptor
 from patchers.errors import CheckpointError, MissingKeysError
 from patchers.names import fold
 from sharded_ckpt.checkpoint.garbage import paused_collection
+from sharded_ckpt.loading.misfits import Misfits
 from sharded_ckpt.loading.plan import LoadPlan
 from sharded_ckpt.model import create_local_shard_
 
@@ -109,6 +110,7 @@ def fill_converted(
     owned: set[int],
     state: Mapping[str, Any],
     options: dict[str, Any],
+    misfits: Misfits,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Let transformers' own loader build and fill the shard.
 
@@ -119,9 +121,14 @@ def fill_converted(
         owned: The blocks of the shard.
         state: The tensors that the shard needs, by checkpoint key.
         options: Further arguments of `from_pretrained`.
+        misfits: Says what does not fit.
 
     Returns:
         The shard, and transformers' loading info.
+
+    Raises:
+        CheckpointError: Tensors do not fit the model.
+        MissingKeysError: Tensors of the model are fed by nothing.
     """
     native = descriptor.model_class
 
@@ -134,19 +141,21 @@ def fill_converted(
     with as_described(descriptor, config, block_configs), _no_bar_of_transformers():
         try:
             loaded: Any = throwaway.from_pretrained(
-                None, config=config, state_dict=dict(state), output_loading_info=True, **options
+                None,
+                config=config,
+                state_dict=dict(state),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused here, by name
+                **options,
             )
         except RuntimeError as error:
-            raise CheckpointError(
-                f"transformers cannot fit these tensors into {native.__name__}: {error}. The config may "
-                "describe other blocks than the files hold: see patchers.infer_block_configs"
-            ) from error
+            raise CheckpointError(misfits.unconverted(error)) from error
     model, info = loaded
     model.__class__ = native
-    if info["missing_keys"]:
-        raise MissingKeysError(f"the checkpoint has no tensors for {fold(info['missing_keys'])}")
     if info["mismatched_keys"]:
-        raise CheckpointError(f"tensors do not fit the model: {sorted(info['mismatched_keys'])}")
+        raise CheckpointError(misfits.unlike(name for name, *_ in info["mismatched_keys"]))
+    if info["missing_keys"]:
+        raise MissingKeysError(misfits.missing(info["missing_keys"]))
     return model, info
 
 

@@ -31,6 +31,7 @@ from sharded_ckpt.loading.filling import (
     fill_directly,
 )
 from sharded_ckpt.loading.finishing import casts_of, read_generation_config
+from sharded_ckpt.loading.misfits import Misfits
 from sharded_ckpt.loading.on_demand import MOST_MAPPED, TensorsOnDemand
 from sharded_ckpt.loading.options import LoadOptions, dtype_named
 from sharded_ckpt.loading.pickled import PickledReader
@@ -255,8 +256,9 @@ class ShardLoader:
             options["device_map"] = {"": self.device}
         if self.options.attn_implementation is not None:
             options["attn_implementation"] = self.options.attn_implementation
+        misfits = Misfits.of(self.plan, self.wanted, self.entries, self.parts, self.index)
         model, info = fill_converted(
-            self.descriptor, self.config, self.options.block_configs, self.owned, state, options
+            self.descriptor, self.config, self.options.block_configs, self.owned, state, options, misfits
         )
         spare = tuple(sorted(info["unexpected_keys"])) if len(self.owned) == self.num_blocks else ()
         if spare and self.options.strict:

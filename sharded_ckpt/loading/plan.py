@@ -79,7 +79,7 @@ def plan_load(names: ModelNames, keys: Iterable[str], location: str) -> LoadPlan
             tied.append((target, source))
     missing = [name for name in names.owned if name not in sources]
     if missing:
-        raise MissingKeysError(_missing_text(missing, spare, location))
+        raise MissingKeysError(missing_text(missing, spare, location))
     unexpected, ignored = _split({key: key for key in spare}, names.ignorable)
     return LoadPlan(sources, tuple(tied), unexpected, ignored)
 
@@ -167,7 +167,8 @@ def _canonical(key: str, prefix: str) -> str:
     return bare if not prefix or bare.startswith(f"{prefix}.") or bare != key else f"{prefix}.{bare}"
 
 
-def _missing_text(missing: list[str], spare: list[str], location: str) -> str:
+def missing_text(missing: Sequence[str], spare: Sequence[str], location: str) -> str:
+    """Say which tensors no key feeds, and which keys are left over."""
     text = f"{location} has no tensors for {len(missing)} of the shard's: {fold(missing)}."
     if spare:
         text += f" It has {len(spare)} that the model does not want: {fold(spare)}."
