@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.compare import assert_same_tensors, storage_of_stubs, tensors_in
+from support.families import family_model
 from support.gloo import Gloo
 from support.tiny import FAMILIES, heterogeneous_checkpoint, tensors_of, tiny_checkpoint, write_shards
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
@@ -284,6 +285,28 @@ def test_legacy_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     assert model.load_report.ignored == ("model.layers.0.self_attn.rotary_emb.inv_freq",)
     assert model.model.rotary_emb.inv_freq[0] == 1.0
     assert model.model.rotary_emb.inv_freq.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("family", "saved_once"),
+    [
+        ("gpt2", "transformer.h.{}.attn.masked_bias"),
+        ("gpt_neo", "transformer.h.{}.attn.attention.masked_bias"),
+        ("gpt_neo", "transformer.h.{}.attn.attention.bias"),
+        ("llava", "vision_tower.vision_model.embeddings.position_ids"),
+    ],
+)
+def test_buffers_that_old_versions_saved_are_ignored(tmp_path: Path, family: str, saved_once: str) -> None:
+    settings = {"attention_types": [[["global", "local"], 2]]} if family == "gpt_neo" else {}
+    made = family_model(family, **settings)
+    made.save_pretrained(tmp_path / "old")
+    keys = tuple(dict.fromkeys(saved_once.format(index) for index in range(4)))
+    tensors = tensors_of(tmp_path / "old") | {key: torch.ones(3) for key in keys}
+    save_file(tensors, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    for owned in ({0, 1, 2, 3}, {1, 2}):
+        model = load_and_shard_model("auto", tmp_path / "old", owned)
+        assert_same_tensors(model, made, partial=len(owned) < 4)
+        assert model.load_report.ignored == keys
 
 
 def test_quantised_tensors_are_never_cast(tmp_path: Path) -> None:

@@ -53,6 +53,9 @@ from sharded_ckpt.runtime import Runtime, usable_device
 
 logger = logging.getLogger(__name__)
 
+_SAVED_ONCE = (r"rotary_emb\.inv_freq$", r"\.attn\.(?:attention\.)?masked_bias$")
+"""Buffers that old versions of transformers saved, and that have since moved or gone."""
+
 
 @dataclass
 class ShardLoader:
@@ -83,6 +86,7 @@ class ShardLoader:
             self.options.attn_implementation,
         )
         self.whole = self.shard.state_dict(keep_vars=True)
+        self.computed = {name for name, _ in self.shard.named_non_persistent_buffers()}
         self.ties = dict(self.shard.all_tied_weights_keys)
         self.num_blocks = num_blocks(self.shard, self.descriptor)
         self.targets = None if self.is_plain else targets_of(self.shard, self.whole, self.parts)
@@ -217,6 +221,7 @@ class ShardLoader:
             ties=self.ties,
             prefix=self.shard.base_model_prefix,
             ignorable=_ignorable(self.shard),
+            computed=self.computed,
         )
         if self.is_plain:
             plan = plan_load(names, self.index.keys(), self.index.location)
@@ -296,5 +301,5 @@ class ShardLoader:
 
 
 def _ignorable(model: PreTrainedModel) -> str:
-    patterns = set(model._keys_to_ignore_on_load_unexpected or ()) | {r"rotary_emb\.inv_freq$"}
+    patterns = {*(model._keys_to_ignore_on_load_unexpected or ()), *_SAVED_ONCE}
     return "|".join(f"(?:{pattern})" for pattern in sorted(patterns))

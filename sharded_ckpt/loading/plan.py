@@ -47,6 +47,7 @@ class ModelNames:
         prefix: The attribute under which the family keeps its backbone; checkpoints of the backbone alone
             lack it.
         ignorable: A pattern of keys that may be left over.
+        computed: The buffers that a model computes for itself; old versions saved some of them.
     """
 
     whole: Collection[str]
@@ -54,6 +55,7 @@ class ModelNames:
     ties: Mapping[str, str]
     prefix: str = ""
     ignorable: str = ""
+    computed: Collection[str] = ()
 
 
 def plan_load(names: ModelNames, keys: Iterable[str], location: str) -> LoadPlan:
@@ -80,7 +82,7 @@ def plan_load(names: ModelNames, keys: Iterable[str], location: str) -> LoadPlan
     missing = [name for name in names.owned if name not in sources]
     if missing:
         raise MissingKeysError(missing_text(missing, spare, location))
-    unexpected, ignored = _split({key: key for key in spare}, names.ignorable)
+    unexpected, ignored = _split({key: key for key in spare}, names)
     return LoadPlan(sources, tuple(tied), unexpected, ignored)
 
 
@@ -101,7 +103,7 @@ def plan_conversion(names: ModelNames, targets: Mapping[str, str]) -> LoadPlan:
         if other in key_of and name not in key_of and other not in names.owned:
             sources[name] = key_of[other]  # one end of a tied pair, without the other
     spare = {key: name for key, name in targets.items() if name not in names.whole}
-    unexpected, ignored = _split(spare, names.ignorable)
+    unexpected, ignored = _split(spare, names)
     return LoadPlan(sources, (), unexpected, ignored, targets)
 
 
@@ -148,16 +150,19 @@ def _match(names: ModelNames, keys: Iterable[str], location: str) -> tuple[dict[
     return found, spare
 
 
-def _split(spare: Mapping[str, str], ignorable: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _split(spare: Mapping[str, str], names: ModelNames) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Split keys that nothing wants into those that are unexpected and those that may be left over.
 
     Args:
         spare: The tensor that each key would become.
-        ignorable: A pattern of keys, or of such tensors.
+        names: Of the model.
     """
-    pattern = re.compile(ignorable) if ignorable else None
-    pairs = spare.items() if pattern else ()
-    ignored = {key: None for key, name in pairs if pattern and (pattern.search(key) or pattern.search(name))}
+    pattern = re.compile(names.ignorable) if names.ignorable else None
+    ignored = {
+        key: None
+        for key, name in spare.items()
+        if name in names.computed or (pattern and (pattern.search(key) or pattern.search(name)))
+    }
     return tuple(key for key in spare if key not in ignored), tuple(ignored)
 
 
