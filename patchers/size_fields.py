@@ -104,8 +104,14 @@ class LayerFields:
         return value if isinstance(value, int) else None
 
     def says(self, size: str, value: int) -> bool:
-        """Whether a value only repeats what the config says of all layers, under any of the size's names."""
-        return value in (self.base_value(field) for field in _FIELDS[size])
+        """Whether a value only repeats what the config says of all layers, under any of the size's names.
+
+        Families without KV heads of their own have one for each query head.
+        """
+        said = {self.base_value(field) for field in _FIELDS[size]} - {None}
+        if size == KV_HEADS and not said:
+            said = {self.base_value(field) for field in _FIELDS[QUERY_HEADS]} - {None}
+        return value in said
 
     def _try(self, size: str, field: str) -> SizeField | None:
         if self.base_value(field) == 0:  # there is none of it: another value would make another layer

@@ -19,6 +19,9 @@ _FFN = {
     "gate_up": ("gate_up_proj", "input_linear"),
     "linear": ("linear_mlp",),
 }
+_STACKED = frozenset(
+    {"input_linear", "output_linear"}
+)  # granitemoe: all experts in one, with no module of theirs
 _ROUTERS = frozenset({"gate", "router", "wg"})
 # Names that are a projection of attention under whatever module: nemotron_h calls every kind of mixer
 # `mixer`.
@@ -59,6 +62,8 @@ def role_of(name: str) -> TensorRole | None:
         projection = _ATTENTION_OF.get(last)
         return TensorRole("attention", projection) if projection else None
     projection = _FFN_OF.get(last)
+    if "block_sparse_moe" in owners and last in _STACKED:
+        return TensorRole("experts", _FFN_OF[last])
     if "experts" in owners:
         inner = owners[owners.index("experts") + 1 :]
         expert = int(inner[0]) if inner and inner[0].isdecimal() else None

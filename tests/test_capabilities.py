@@ -16,7 +16,7 @@ from support.by_hand import (
 )
 from support.families import TEXT_FAMILIES, VISION_FAMILIES, drawn_model, family_config
 
-from patchers import ModelDescriptor, capabilities, deci_x_patcher
+from patchers import ModelDescriptor, capabilities, deci_x_patcher, infer_block_configs
 from patchers.errors import FamilyError
 from patchers.meta import build_on_meta
 from patchers.names import block_of
@@ -209,6 +209,23 @@ def test_falcon_with_alibi_is_described_like_falcon_with_rotary_positions() -> N
     torch.testing.assert_close(logits_of(model), logits_of(by_hand), rtol=1e-5, atol=1e-5)
     assert decodes_as_without_cache(model)
     assert decodes_padded_as_alone(model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "gptj", "opt"])
+def test_block_configs_read_off_a_family_without_kv_heads_describe_it(family: str) -> None:
+    """Each of its query heads has keys and values of its own: that is said, and no change."""
+    config = family_config(family)
+    plain = drawn_model(config)
+    blocks = infer_block_configs(plain.state_dict(), config.to_dict())
+    assert {block.attention.num_key_value_heads for block in blocks} == {4}
+    with deci_x_patcher(config, blocks):
+        assert torch.equal(logits_of(drawn_model(config)), logits_of(plain))
+    fewer = [{"attention": {"num_key_value_heads": 2}}] * 4
+    with (
+        deci_x_patcher(config, fewer),
+        pytest.raises(FamilyError, match="no config field moves the KV heads"),
+    ):
+        drawn_model(config)
 
 
 def test_an_attention_that_stores_its_keys_for_no_layer_of_the_model_may_go() -> None:

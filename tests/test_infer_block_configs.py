@@ -357,6 +357,7 @@ def test_a_config_that_lacks_the_sizes_to_measure_with_is_refused():
         ("phi3", {}),
         ("starcoder2", {}),
         ("mixtral", {"num_local_experts": 4}),
+        ("granitemoe", {"num_local_experts": 4}),
         ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}),
         ("gpt_oss", {"num_local_experts": 4, "head_dim": 16}),
     ],
