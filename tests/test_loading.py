@@ -257,7 +257,12 @@ def test_wrappers_prefixes_and_bare_backbones_are_understood(tmp_path: Path) -> 
     folder = tiny_checkpoint(tmp_path)
     reference, saved = load_and_shard_model("auto", folder), tensors_of(folder)
     for number, rename in enumerate(
-        (lambda n: f"module.{n}", lambda n: f"_orig_mod.module.{n}", lambda n: n.removeprefix("model."))
+        (
+            lambda n: f"module.{n}",
+            lambda n: f"_orig_mod.module.{n}",
+            lambda n: n.removeprefix("model."),
+            lambda n: f"module.{n.removeprefix('model.')}",
+        )
     ):
         renamed = shutil.copytree(folder, tmp_path / f"renamed{number}")
         for file in renamed.glob("model*"):

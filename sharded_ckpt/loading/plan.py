@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from patchers.errors import CheckpointError, MissingKeysError
@@ -140,8 +140,8 @@ def _match(names: ModelNames, keys: Iterable[str], location: str) -> tuple[dict[
     spare = []
     whole = names.whole if isinstance(names.whole, (set, frozenset, dict)) else set(names.whole)
     for key in keys:
-        name = key if key in whole else _canonical(key, names.prefix)
-        if name not in whole:
+        name = next((name for name in _readings(key, names.prefix) if name in whole), None)
+        if name is None:
             spare.append(key)
         elif found.setdefault(name, key) != key:
             raise CheckpointError(
@@ -166,10 +166,12 @@ def _split(spare: Mapping[str, str], names: ModelNames) -> tuple[tuple[str, ...]
     return tuple(key for key in spare if key not in ignored), tuple(ignored)
 
 
-def _canonical(key: str, prefix: str) -> str:
-    """Return a key without the prefixes of wrappers (torch.compile, DDP), and with that of the backbone."""
+def _readings(key: str, prefix: str) -> Iterator[str]:
+    """Yield what a key may name: itself, without wrappers (torch.compile, DDP), and in the backbone."""
+    yield key
     bare = _WRAPPERS.sub("", key)
-    return bare if not prefix or bare.startswith(f"{prefix}.") or bare != key else f"{prefix}.{bare}"
+    yield bare
+    yield f"{prefix}.{bare}"
 
 
 def missing_text(missing: Sequence[str], spare: Sequence[str], location: str) -> str:
