@@ -22,8 +22,9 @@ from patchers.errors import ConfigError
 from sharded_ckpt.checkpoint.coordinator import Solo
 from sharded_ckpt.loading.verbs import load_and_shard_model
 from sharded_ckpt.runtime import default_runtime
-from sharded_ckpt.training import AsyncCallsQueue, GlobalState, StateDictTransforms
+from sharded_ckpt.training import AsyncCallsQueue, CheckpointConfig, GlobalState, StateDictTransforms
 from sharded_ckpt.training.checkpointing.hf_export import HFExport
+from sharded_ckpt.training.checkpointing.saving import save_checkpoint
 
 IDS = torch.arange(4, 20).reshape(2, 8)
 
@@ -88,6 +89,25 @@ def test_where_only_adapters_are_saved_so_is_the_export(tmp_path: Path) -> None:
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         found = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "hf").eval()
     assert torch.allclose(logits(found), before, rtol=1e-4, atol=1e-4)
+
+
+class Counting(StateDictTransforms):
+    """Transforms that count how often a model is exported by them."""
+
+    exports = 0
+
+    def export(self, state_dict: Any) -> Any:
+        self.exports += 1
+        return super().export(state_dict)
+
+
+def test_a_save_makes_the_export_once(tmp_path: Path) -> None:
+    model = load_and_shard_model("auto", tiny_checkpoint(tmp_path), materialize=True)
+    config = CheckpointConfig(save=str(tmp_path / "run"), also_save_hf_checkpoint=True)
+    transforms = Counting(export_dtype=torch.bfloat16)
+    save_checkpoint(GlobalState(config, transforms=transforms), model, None, None, 0)
+    assert (tmp_path / "run" / "iter_0000000" / "hf" / "config.json").exists()
+    assert transforms.exports == 1
 
 
 def test_a_model_without_a_config_is_refused(tmp_path: Path) -> None:

@@ -139,8 +139,6 @@ def save_checkpoint(
             loader=loader_files([one["loader"] for one in said], loader, control.rank),
             module_name=module_name,
         )
-    if config.also_save_hf_checkpoint and not target.is_local:
-        staged = staged.with_export(HFExport.gather(state, model, control, where=target.directory))
     if queue is not None:
         staged = queue.snapshot(staged)
     save = _OpenSave(target, staged, small, control, storage or LocalStorage(durable=config.durable))
