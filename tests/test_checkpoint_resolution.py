@@ -352,12 +352,20 @@ def test_finetuning_takes_weights_alone(tmp_path):
         ({"non_persistent_ckpt_type": "local"}, "local checkpoints need a place"),
         ({"non_persistent_ckpt_type": "global"}, "global short-lived checkpoints need a place"),
         ({"save": "a", "non_persistent_local_ckpt_dir": "b"}, "nothing would go there"),
+        ({"save": "s3://bucket/run"}, "s3://bucket/run: expected a local path, found a URL"),
         ({"ckpt_format": "fsdp_dtensor"}, "torch DCP are written by save_fsdp_dtensor_checkpoint"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused_when_it_is_made(options, text):
     with pytest.raises(ConfigError, match=text):
         CheckpointConfig(**options)
+
+
+def test_paths_in_a_config_may_begin_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = CheckpointConfig(save="~/run", load=tmp_path / "run")
+    assert config.save == tmp_path / "run"
+    assert config.resumes_itself
 
 
 def test_a_save_is_due_at_intervals_at_the_end_and_after_the_first_step_if_asked():

@@ -114,6 +114,13 @@ def test_an_iteration_that_is_not_there_begins_anew(tmp_path: Path, caplog) -> N
     assert maybe_load_dataloader_state(loader, 3, tmp_path)
 
 
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    maybe_save_dataloader_state([], Loader(), 3, "~/data")
+    assert (tmp_path / "data").is_dir()
+    assert maybe_load_dataloader_state(Loader(), 3, "~/data")
+
+
 def save_on_a_grid(path: str) -> list[Any]:
     """Two pipelines of two stages save; all ranks load. Then one pipeline of four saves over it."""
     rank = dist.get_rank()

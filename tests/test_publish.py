@@ -25,6 +25,7 @@ from sharded_ckpt.checkpoint import publish
 from sharded_ckpt.checkpoint.index import open_index
 from sharded_ckpt.checkpoint.publish import transaction
 from sharded_ckpt.checkpoint.reader import open_checkpoint
+from sharded_ckpt.checkpoint.repair import rebuild_index
 from sharded_ckpt.checkpoint.source import open_source
 from sharded_ckpt.checkpoint.storage import LocalStorage
 from sharded_ckpt.checkpoint.verify import verify
@@ -385,6 +386,30 @@ def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None
 def test_the_root_of_the_file_system_is_refused() -> None:
     with pytest.raises(CheckpointError, match="it is the root of the file system"):
         save_version("/", 1)
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/run", "hf://org/name", "memory://run", Path("gs://b/run")])
+def test_a_url_is_refused_and_not_taken_for_a_directory_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r":/.*expected a local path, found a URL; what is saved goes to a local"
+    ):
+        save_version(place, 1)
+    with pytest.raises(ConfigError, match=r"'' is no path; '\.' is the working directory"):
+        save_version("", 1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_save_goes_where_a_load_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for version, place in enumerate(["~/ckpt", f"file://{tmp_path}/ckpt", f"file://{tmp_path}/a%20b"]):
+        save_version(place, version)
+        assert float(open_checkpoint(place).read(["scale"])["scale"]) == version
+    assert sorted(os.listdir(tmp_path)) == ["a b", "ckpt"]
+    assert rebuild_index("~/ckpt")
 
 
 def test_overwriting_can_be_refused(tmp_path: Path) -> None:

@@ -137,6 +137,16 @@ def test_other_names_are_refused_with_what_to_pass(tmp_path, path, text):
     assert files_in(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("save", "name"), [(save_sharded_model, "/model.safetensors"), (save_sharded_checkpoint, "")]
+)
+def test_a_url_is_refused_before_anything_is_compared(tmp_path, monkeypatch, save, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"s3://bucket/run.*: expected a local path, found a URL"):
+        save({"a": torch.ones(1)}, f"s3://bucket/run{name}")
+    assert files_in(tmp_path) == []
+
+
 def test_a_directory_named_like_a_file_is_refused(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(ConfigError, match="found a directory"):

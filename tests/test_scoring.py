@@ -232,6 +232,18 @@ def test_a_scoring_goes_on_where_it_broke_on_another_number_of_ranks(
         assert torch.allclose(one.ffn_channels[2].values, fresh.ffn_channels[2].values, rtol=1e-5)
 
 
+def test_scores_that_are_kept_at_home_are_found_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    stage, told = PipelineStage(whole(tiny_checkpoint(folder))), list[int]()
+    for _ in range(2):
+        stage.score(data(2), resume_dir="~/scores", progress=told.append)
+    assert sum(told) == 4  # of which the second two were done before
+    with pytest.raises(ConfigError, match="saved scores are of other data"):
+        stage.score(data(3)[1:], resume_dir="~/scores")
+
+
 def test_scores_of_other_data_or_of_another_model_are_not_gone_on_with(folder: Path, tmp_path: Path) -> None:
     stage = PipelineStage(whole(tiny_checkpoint(folder)))
     stage.score(data(2), resume_dir=tmp_path)

@@ -51,6 +51,20 @@ class TestWhere:
         monkeypatch.setenv("HOME", str(folder.parent))
         assert set(open_index(open_source("~/ckpt"))) == {"a", "b"}
 
+    def test_the_url_of_a_file_is_decoded(self, folder: Path) -> None:
+        strange = folder.rename(folder.with_name("ü 100%"))
+        for where in (strange.as_uri(), strange.as_uri().replace("file://", "file://localhost")):
+            assert set(open_index(open_source(where))) == {"a", "b"}
+        with pytest.raises(CheckpointNotFoundError, match=r"did you mean .*/ü 100%"):
+            open_source(strange.as_uri().replace("100", "10"))
+
+    def test_no_place_at_all_is_not_the_working_directory(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(folder)
+        with pytest.raises(ConfigError, match=r"'' is no path; '\.' is the working directory"):
+            open_source("")
+
     def test_a_file_stands_for_its_own_checkpoint(self, folder: Path) -> None:
         assert set(open_index(open_source(folder / ONE))) == {"a"}
         assert set(open_index(open_source(folder / "model.safetensors.index.json"))) == {"a", "b"}

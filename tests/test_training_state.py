@@ -62,6 +62,16 @@ def told(results: list[Any]) -> str:
     return results[0].text
 
 
+def test_a_state_that_is_saved_at_home_is_found_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model, fresh = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    save_training_state("~/state", model)
+    load_training_state("~/state", fresh)
+    assert torch.equal(fresh.weight, model.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
 # Any number of ranks ---------------------------------------------------------------------------------------
 
 

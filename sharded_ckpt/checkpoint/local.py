@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import stat
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
+from urllib.parse import unquote
 
-from patchers.errors import CheckpointError, CheckpointNotFoundError
+from patchers.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 
 Identity: TypeAlias = "tuple[int, int, int, int]"
 """Device, inode, size and time of change of a file: another file, or other content, has another one."""
@@ -23,6 +25,32 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 
+_FILE_URL = re.compile(r"file:(?=/)(?://(?:localhost(?=/))?)?")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash is what `Path` leaves of two
+
+
+def user_path(location: str | os.PathLike[str]) -> Path:
+    """Return the local path that a user means: `~` is the home directory, `file://` begins a URL of a file.
+
+    Raises:
+        ConfigError: It is empty, or the URL of something that is not a local file.
+
+    Example:
+        >>> user_path("file:///models/a%20b").as_posix(), user_path("runs/a").as_posix()
+        ('/models/a b', 'runs/a')
+    """
+    text = os.fspath(location)
+    if not text.strip():
+        raise ConfigError(f"{text!r} is no path; '.' is the working directory")
+    if url := _FILE_URL.match(text):
+        return Path(unquote(text[url.end() :]))
+    if _URL.match(text):
+        raise ConfigError(
+            f"{text}: expected a local path, found a URL; what is saved goes to a local directory (upload "
+            "that), and URLs are read where they are given as text, not as a Path"
+        )
+    return Path(text).expanduser()
+
 
 def identity_of(status: os.stat_result) -> Identity:
     """Return what tells a file from another one, and from itself after a change."""
@@ -31,7 +59,7 @@ def identity_of(status: os.stat_result) -> Identity:
 
 def similar(path: Path) -> str:
     """Return a hint at a file beside the missing one whose name is close, or at the part that exists."""
-    parent = path.expanduser().parent
+    parent = path.parent
     if not parent.is_dir():
         return f"; {parent} does not exist either"
     close = difflib.get_close_matches(path.name, [entry.name for entry in os.scandir(parent)], n=3)
@@ -46,7 +74,7 @@ class LocalSource:
     """
 
     def __init__(self, directory: str | os.PathLike[str], entry: str | None = None) -> None:
-        self.directory = Path(directory)
+        self.directory = user_path(directory)
         self.location = str(directory)
         self._entry = entry
         self._seen: dict[str, Identity] = {}

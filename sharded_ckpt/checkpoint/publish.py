@@ -22,6 +22,7 @@ from sharded_ckpt.checkpoint.commit import UNTOUCHED, Publication
 from sharded_ckpt.checkpoint.contents import Contents, RankRecord
 from sharded_ckpt.checkpoint.coordinator import Coordinator, Solo, refuse_disagreement
 from sharded_ckpt.checkpoint.journal import STAGE
+from sharded_ckpt.checkpoint.local import user_path
 from sharded_ckpt.checkpoint.storage import LocalStorage, PathLike
 from sharded_ckpt.checkpoint.transaction import Transaction
 from sharded_ckpt.checkpoint.tree import make_parents, write_small
@@ -52,7 +53,7 @@ def transaction(
     Work inside must not wait for other ranks: one that has failed would be waited for.
 
     Args:
-        directory: Where to; all ranks must see the same one.
+        directory: Where to; `~` is the home directory. All ranks must see the same one.
         coordinator: The ranks that take part; a single process if not given.
         durable: Whether the checkpoint must survive a power cut once this returns.
         manifest: Whether to write `manifest.json`, with the size and SHA-256 of each file. If not, one that
@@ -70,6 +71,7 @@ def transaction(
 
     Raises:
         CollectiveError: A rank failed; the same on all ranks. A single process raises the failure itself.
+        ConfigError: The directory is a URL, or empty.
         CheckpointError: Another save into the directory is under way, or what the ranks wrote does not fit.
         OSError: The file system failed; the text says whether anything was published.
 
@@ -84,7 +86,8 @@ def transaction(
     """
     coordinator = coordinator or Solo()
     storage = storage or LocalStorage(durable=durable)
-    target = Path(os.path.realpath(directory))
+    with _together(coordinator, f"preparing to save to {directory}"):
+        target = Path(os.path.realpath(user_path(directory)))
     options = {"manifest": manifest, "overwrite": overwrite, "unique_names": unique_names}
     in_use = _agree(coordinator, target, {"durable": storage.durable, **options, "plan": plan})
     space: Workspace | None = None
@@ -123,7 +126,7 @@ def recover(directory: PathLike, *, storage: LocalStorage | None = None) -> None
         CheckpointError: A save into the directory is under way.
     """
     storage = storage or LocalStorage()
-    workspace.release(storage, workspace.acquire(storage, Path(os.path.realpath(directory))))
+    workspace.release(storage, workspace.acquire(storage, Path(os.path.realpath(user_path(directory)))))
 
 
 def _agree(coordinator: Coordinator, target: Path, options: dict[str, Any]) -> str | None:

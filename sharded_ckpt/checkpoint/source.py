@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError
 from sharded_ckpt.checkpoint.header import Header, read_header
-from sharded_ckpt.checkpoint.local import LocalSource, similar
+from sharded_ckpt.checkpoint.local import LocalSource, similar, user_path
 from sharded_ckpt.checkpoint.strict_json import parse_json
 
 __all__ = [
@@ -108,11 +108,11 @@ def open_source(
     }
     if text.startswith("hf://"):
         return _open_hub(text.removeprefix("hf://"), **hub)
-    if "://" in text and not text.startswith("file://"):
+    if "://" in text and not text.startswith("file:/"):
         from sharded_ckpt.checkpoint.remote import RemoteSource
 
         return RemoteSource(text, cache_dir=cache_dir)
-    local = _open_local(text.removeprefix("file://"))
+    local = _open_local(text)
     if local is not None:
         return local
     if not isinstance(location, str) or _looks_like_path(text):
@@ -121,7 +121,7 @@ def open_source(
 
 
 def _open_local(text: str) -> LocalSource | None:
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.is_dir():
         return LocalSource(path)
     index = path.with_name(path.name + INDEX_SUFFIX) if path.name.endswith(".safetensors") else path
@@ -144,7 +144,7 @@ def _looks_like_path(text: str) -> bool:
 
 def _hint(text: str) -> str:
     """Return what may have been meant by a path that does not exist."""
-    found = similar(Path(text))
+    found = similar(user_path(text))
     if found or not _OLD_HUB_ID.fullmatch(text):
         return found
     return f". A hub id is org/name; one without an owner is asked for as hf://{text}"

@@ -8,12 +8,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchers.errors import ConfigError
 from patchers.names import fold
 from sharded_ckpt.checkpoint.coordinator import together
-from sharded_ckpt.checkpoint.local import LocalSource
+from sharded_ckpt.checkpoint.local import LocalSource, user_path
 from sharded_ckpt.checkpoint.publish import transaction
 from sharded_ckpt.checkpoint.reader import CheckpointReader, open_checkpoint
 from sharded_ckpt.checkpoint.source import TensorSource, read_config
@@ -155,7 +156,7 @@ def init_child_from_parent(
     rules = Rules(ffn_channels, kv_heads, linear, query_heads)
     with together(here.control, f"planning a child of {os.fspath(parent)}"):
         job = _prepare(parent, where, descriptor, block_configs, rules, dtype, dialect)
-        _refuse_parent_itself(job.reader.source, out_path)
+        _refuse_parent_itself(job.reader.source, user_path(out_path))
         recipes = job.plan.share(here.global_rank, here.world_size)
         job.fetch(recipes)
     storage = MappedStorage(durable=durable)
@@ -260,10 +261,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return name
 
 
-def _refuse_parent_itself(source: TensorSource, out_path: str | os.PathLike[str]) -> None:
-    if not isinstance(source, LocalSource) or not os.path.exists(out_path):
+def _refuse_parent_itself(source: TensorSource, out_path: Path) -> None:
+    if not isinstance(source, LocalSource) or not out_path.exists():
         return
     if os.path.samefile(source.directory, out_path):
-        raise ConfigError(
-            f"{os.fspath(out_path)} is the parent itself; give the child a directory of its own"
-        )
+        raise ConfigError(f"{out_path} is the parent itself; give the child a directory of its own")

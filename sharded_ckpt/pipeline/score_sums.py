@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchers.errors import CheckpointError
 from sharded_ckpt.checkpoint.coordinator import together
+from sharded_ckpt.checkpoint.local import user_path
 from sharded_ckpt.checkpoint.publish import transaction
 from sharded_ckpt.checkpoint.reader import open_checkpoint
 from sharded_ckpt.checkpoint.source import open_source, read_json
@@ -59,7 +60,7 @@ def read_progress(stage: ConnectedStage, directory: str | os.PathLike[str]) -> P
         CheckpointError: Another model was scored there.
     """
     with together(stage.runtime.control, f"reading the scores in {os.fspath(directory)}"):
-        if not (Path(directory) / _FILE).exists():
+        if not (user_path(directory) / _FILE).exists():
             return Progress()
         said: dict[str, Any] = read_json(open_source(Path(directory)), _FILE)
         model = {name: said.get(name) for name in _model(stage)}

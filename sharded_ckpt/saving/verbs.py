@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from patchers.errors import ConfigError
 from sharded_ckpt.checkpoint.coordinator import together
+from sharded_ckpt.checkpoint.local import user_path
 from sharded_ckpt.checkpoint.publish import transaction
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _directory_and_stem(out_path: Any) -> tuple[Path, str]:
     example = "pass <directory>/model.safetensors"
     if not isinstance(out_path, str | os.PathLike):
         raise ConfigError(f"out_path is a path, found {type(out_path).__name__}; {example}")
-    path = Path(out_path)
+    path = user_path(out_path)
     if path.suffix != _SUFFIX or path.is_dir():
         found = "a directory" if path.is_dir() else f"a file that ends in {path.suffix!r}"
         raise ConfigError(
@@ -200,7 +201,7 @@ def _directory_and_stem(out_path: Any) -> tuple[Path, str]:
 def _directory(checkpoint_dir: Any) -> Path:
     if not isinstance(checkpoint_dir, str | os.PathLike):
         raise ConfigError(f"checkpoint_dir is a path, found {type(checkpoint_dir).__name__}")
-    path = Path(checkpoint_dir)
+    path = user_path(checkpoint_dir)
     if path.suffix == _SUFFIX:
         raise ConfigError(
             f"{path}: expected a directory, found the name of a file; pass {path.parent}, or save the "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
 
 from patchers.errors import ConfigError
+from sharded_ckpt.checkpoint.local import user_path
 from sharded_ckpt.training.checkpointing.layout import _NON_PERSISTENT_CKPT_SUBDIR, SAFETENSORS
 
 Due: TypeAlias = Literal["persistent", "non_persistent"]
@@ -160,6 +161,8 @@ class CheckpointConfig:
             path = getattr(self, name)
             if path is not None and not (isinstance(path, str | os.PathLike) and os.fspath(path).strip()):
                 raise ConfigError(f"{name} is {path!r}; it must be a path, or None where there is none")
+            if path is not None and (meant := user_path(path)) != Path(path):
+                object.__setattr__(self, name, meant)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 text = ", ".join(map(str, known))

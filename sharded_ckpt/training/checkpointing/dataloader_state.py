@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from patchers.errors import CheckpointError, ConfigError
 from sharded_ckpt.checkpoint.coordinator import together
-from sharded_ckpt.checkpoint.local import LocalSource
+from sharded_ckpt.checkpoint.local import LocalSource, user_path
 from sharded_ckpt.checkpoint.publish import transaction
 from sharded_ckpt.checkpoint.source import read_json
 from sharded_ckpt.runtime import as_runtime
@@ -128,7 +128,7 @@ def maybe_load_dataloader_state(
     if train_iterator is None or not dataloader_save_path:
         return False
     control = as_runtime(runtime).control
-    directory = Path(dataloader_save_path) / iteration_name(iteration)
+    directory = user_path(dataloader_save_path) / iteration_name(iteration)
     there = control.gather(directory.is_dir(), f"looking for data loaders in {directory}")
     if not any(there):
         logger.warning("%s: nothing was saved there: the data begins anew", directory)

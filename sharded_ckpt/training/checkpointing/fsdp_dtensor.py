@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from patchers.errors import CheckpointError, ConfigError
 from sharded_ckpt.checkpoint.coordinator import Coordinator, together
+from sharded_ckpt.checkpoint.local import user_path
 from sharded_ckpt.checkpoint.publish import transaction
 from sharded_ckpt.checkpoint.writer import DTYPE_NAMES
 from sharded_ckpt.runtime import default_runtime
@@ -150,7 +151,7 @@ def load_fsdp_dtensor_checkpoint(
     if checkpoint_path_override is None and iteration is None and not release:
         raise ConfigError("which step is loaded? pass iteration, release=True or checkpoint_path_override")
     name = RELEASE if release or iteration is None else iteration_name(iteration)
-    path = checkpoint_path_override or os.path.join(load_dir, name)
+    path = os.fspath(user_path(checkpoint_path_override or os.path.join(load_dir, name)))
     if rank0:
         return {}, path, release, CheckpointType.FSDP_DTENSOR
     if sharded_state_dict is None:
