@@ -186,6 +186,15 @@ def test_an_explicit_step_is_taken_or_named_as_missing(tmp_path):
         _resolve_checkpoint_iteration(str(tmp_path), 15)
 
 
+def test_an_explicit_step_needs_no_tracker(tmp_path):
+    run_directory(tmp_path, [10, 20])
+    (tmp_path / f"{TRACKER_PREFIX}_train_state.json").write_text('{"step": ')
+    with pytest.raises(CheckpointError, match=r"not valid JSON.* or pass ckpt_step"):
+        resolved(load=tmp_path)
+    assert resolved(load=tmp_path, ckpt_step=10).iteration == 10
+    assert _resolve_checkpoint_iteration(str(tmp_path), 10) == (10, False)
+
+
 def test_the_directory_of_one_step_goes_before_an_explicit_step(tmp_path):
     run_directory(tmp_path, [10, 20], 20)
     direct = str(tmp_path / "iter_0000010")

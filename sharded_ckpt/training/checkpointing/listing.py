@@ -60,8 +60,12 @@ class Listing:
         return f"there is no checkpoint in it, found {shown(self.names)}"
 
 
-def list_checkpoints(directory: str | os.PathLike[str]) -> Listing:
+def list_checkpoints(directory: str | os.PathLike[str], *, tracked: bool = True) -> Listing:
     """Look at a directory: names and tracker only, afresh every time.
+
+    Args:
+        directory: Of all checkpoints, or of one step.
+        tracked: Whether the tracker is asked. Who knows which step is wanted need not mind a broken one.
 
     Raises:
         CheckpointError: The tracker is broken.
@@ -78,6 +82,6 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> Listing:
         is_hf=is_hf_directory(names),
         iterations=tuple(sorted(whole)),
         has_release=is_iteration_directory(names_in(Path(where) / RELEASE)),
-        tracker=read_tracker(where),
+        tracker=read_tracker(where) if tracked else None,
         names=tuple(names),
     )

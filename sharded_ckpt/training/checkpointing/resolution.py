@@ -126,7 +126,7 @@ def resolve_together(
         if control.rank == 0:
             found = resolve(
                 config,
-                _listed(config.load),
+                _listed(config.load, tracked=config.ckpt_step is None),
                 pretrained=_listed(config.pretrained_checkpoint),
                 non_persistent=_listed(config.non_persistent_directory),
                 local=local,
@@ -156,7 +156,7 @@ def _resolve_checkpoint_iteration(load_dir: str | None, ckpt_step_override: int 
     """
     if load_dir is None:
         return _NOTHING, False
-    listing = list_checkpoints(load_dir)
+    listing = list_checkpoints(load_dir, tracked=ckpt_step_override is None)
     if listing.is_iteration:
         return _DIRECT_ITERATION_DIR_SENTINEL, False
     if ckpt_step_override is not None:
@@ -167,8 +167,8 @@ def _resolve_checkpoint_iteration(load_dir: str | None, ckpt_step_override: int 
     return listing.tracker.iteration, listing.tracker.release
 
 
-def _listed(directory: str | os.PathLike[str] | None) -> Listing | None:
-    return None if directory is None else list_checkpoints(directory)
+def _listed(directory: str | os.PathLike[str] | None, *, tracked: bool = True) -> Listing | None:
+    return None if directory is None else list_checkpoints(directory, tracked=tracked)
 
 
 def _require_step(load: Listing, step: int) -> None:

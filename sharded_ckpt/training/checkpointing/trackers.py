@@ -26,6 +26,7 @@ BRIDGE_TRACKER: Final = f"{TRACKER_PREFIX}_train_state.pt"
 ITERATION_TRACKER: Final = f"{TRACKER_PREFIX}_checkpointed_iteration.txt"
 
 _MOST_BYTES: Final = 1 << 20
+_WAY_OUT: Final = "Remove the file if it is not this training's, or pass ckpt_step"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,11 @@ def _write(directory: Path, train_state: bytes, iteration: bytes, storage: Local
 
 
 def _step_in_json(path: Path) -> Any:
-    said = parse_json(_read(path), str(path))
+    data = _read(path)
+    try:
+        said = parse_json(data, str(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {_WAY_OUT}") from None
     return said.get("step") if isinstance(said, dict) else None
 
 
@@ -132,17 +137,14 @@ def _step_in_pickle(path: Path) -> Any:
     try:
         said = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken pickle can raise anything
-        raise CheckpointError(f"{path}: not read as plain tensors: {error}") from error
+        raise CheckpointError(f"{path}: not read as plain tensors: {error}. {_WAY_OUT}") from error
     step = said.get("step") if isinstance(said, dict) else None
     return step.item() if isinstance(step, torch.Tensor) and step.numel() == 1 else step
 
 
 def _checked(step: Any, path: Path) -> int:
     if type(step) is not int or step < 0:
-        raise CheckpointError(
-            f"{path}: expected a step, found {step!r:.80}. Remove the file if it is not this "
-            "training's, or pass ckpt_step"
-        )
+        raise CheckpointError(f"{path}: expected a step, found {step!r:.80}. {_WAY_OUT}")
     return step
 
 
