@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from patchers.errors import ShardedCkptError
 from patchers.tables import Page, printable
@@ -81,7 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         said, code = module.run(arguments, _say)
         _write(said)
-        sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader has seen enough: `sharded-ckpt … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -114,14 +114,22 @@ def _parser(chosen: Command | None, module: CommandModule | None) -> argparse.Ar
 
 
 def _write(said: str | Page) -> None:
+    stream: TextIO | None = sys.stdout
+    if stream is None:  # was closed: `sharded-ckpt … >&-`
+        return
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")  # names are anybody's, and not all streams are UTF-8
     if not isinstance(said, str):
         from sharded_ckpt.report.terminal import write_page
 
-        write_page(said, sys.stdout)
+        write_page(said, stream)
     elif said:  # of several ranks, one speaks
-        sys.stdout.write(f"{said}\n")
+        stream.write(f"{said}\n")
+    stream.flush()
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{printable(text)}\n")
-    sys.stderr.flush()
+    stream: TextIO | None = sys.stderr
+    if stream is not None:
+        stream.write(f"{printable(text)}\n")
+        stream.flush()

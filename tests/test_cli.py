@@ -171,17 +171,35 @@ def test_a_bug_is_not_told_as_if_it_were_the_users(
         main(["greet", "world"])
 
 
-def test_a_reader_that_leaves_early_makes_no_traceback(tmp_path: Path) -> None:
-    code = (
+def talking(words: str) -> str:
+    """Return a program that runs `sharded-ckpt talk`, which says the words."""
+    return (
         "import sys, types\n"
         "from sharded_ckpt import cli\n"
         "module = types.ModuleType('talker')\n"
         "module.configure = lambda parser: None\n"
-        "module.run = lambda arguments, say: ('word ' * 1_000_000, 0)\n"
+        f"module.run = lambda arguments, say: ({words}, 0)\n"
         "sys.modules['talker'] = module\n"
         "cli.COMMANDS = (cli.Command('talk', '', 'talker'),)\n"
         "sys.exit(cli.main(['talk']))\n"
     )
+
+
+@pytest.mark.parametrize("words", [r"'\xfc'", r"['\xfc']"], ids=["text", "page"])
+def test_what_a_stream_cannot_show_is_shown_by_its_escape(words: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", talking(words)], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\xfc\n", b"")
+
+
+def test_nothing_is_said_to_a_stream_that_is_closed() -> None:
+    command = [sys.executable, "-c", talking("['word']")]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_reader_that_leaves_early_makes_no_traceback(tmp_path: Path) -> None:
+    code = talking("'word ' * 1_000_000")
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
