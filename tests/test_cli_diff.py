@@ -102,6 +102,16 @@ def test_a_value_that_is_no_number_is_a_difference(
     assert diff(capsys, 0, other, other)["equal"] is True
 
 
+def test_numbers_in_a_config_that_json_lacks_are_compared_and_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = (of_floats(tmp_path / name, weight=("F32", [1.0])) for name in ("one", "other"))
+    (one / "config.json").write_text('{"time_step_limit": [0.0, Infinity], "scale": NaN}')
+    assert diff(capsys, 0, one, one)["equal"]
+    (other / "config.json").write_text('{"time_step_limit": [0.0, 4.0], "scale": NaN}')
+    assert diff(capsys, 1, one, other)["config"] == {"time_step_limit": [[0.0, "inf"], [0.0, 4.0]]}
+
+
 def test_without_values_no_torch_is_imported(tmp_path: Path) -> None:
     folder = pruned_checkpoint(tmp_path / "model")
     code = (

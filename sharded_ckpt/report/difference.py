@@ -92,9 +92,7 @@ class CheckpointDifference:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain data; JSON has no NaN and no infinity, which become texts."""
-        said = {"equal": not self, **asdict(self)}
-        for row in said["values"] or ():
-            row.update({name: str(v) for name, v in row.items() if v != v or v == math.inf})
+        said: dict[str, Any] = _comparable({"equal": not self, **asdict(self)})
         return said
 
     def _value_tables(self) -> list[Table]:
@@ -154,7 +152,17 @@ def _config(reader: CheckpointReader) -> Mapping[str, Any]:
 
 
 def _config_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
+    names = (name for name in {**a, **b} if _comparable(a.get(name)) != _comparable(b.get(name)))
+    return {name: (a.get(name), b.get(name)) for name in names}
+
+
+def _comparable(value: Any) -> Any:
+    """Return plain data with NaN, which equals nothing, and infinities as texts."""
+    if isinstance(value, dict):
+        return {name: _comparable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _block_difference(a: CheckpointOverview, b: CheckpointOverview) -> dict[str, tuple[str, str]]:
