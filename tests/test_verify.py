@@ -169,6 +169,7 @@ def test_nan_and_infinities_are_found_when_asked_for(tmp_path: Path) -> None:
         "model.layers.1.w": torch.tensor([1.0, nan], dtype=torch.float8_e4m3fn),
         "model.layers.2.w": torch.tensor([inf, 1.0], dtype=torch.float16),
         "complex": torch.tensor([complex(1, inf)]),
+        "fine.packed": torch.arange(256, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
         "fine": torch.ones(3),
         "counts": torch.tensor([1, 2]),
     }
@@ -179,6 +180,16 @@ def test_nan_and_infinities_are_found_when_asked_for(tmp_path: Path) -> None:
     assert r"holds NaN: model.layers.{0-1}.w" in text
     assert "holds infinities: complex, model.layers.2.w" in text
     assert "fine" not in text
+
+
+def test_a_link_in_a_circle_is_one_problem_among_others(ckpt: Path) -> None:
+    shard = min(ckpt.glob("*.safetensors"))
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    (ckpt / "config.json").write_text("[]")
+    text = found(ckpt)
+    assert f"{shard}: cannot be read: Too many levels of symbolic links" in text
+    assert "config.json: not a config" in text
 
 
 def test_a_checkpoint_of_one_file_is_verified_too(tmp_path: Path) -> None:

@@ -57,6 +57,13 @@ def identity_of(status: os.stat_result) -> Identity:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle: opening it says so
+        return False
+
+
 def similar(path: Path) -> str:
     """Return a hint at a file beside the missing one whose name is close, or at the part that exists."""
     parent = path.parent
@@ -94,7 +101,7 @@ class LocalSource:
     def names(self) -> list[str]:
         """Return the files at the top, sorted."""
         with os.scandir(self._fd) as entries:
-            return sorted(entry.name for entry in entries if not entry.is_dir())
+            return sorted(entry.name for entry in entries if not _is_directory(entry))
 
     def exists(self, name: str) -> bool:
         """Return whether there is anything of that name, a broken link too: opening it says what is wrong."""
