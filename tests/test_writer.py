@@ -324,12 +324,15 @@ def test_shards_are_limited_by_size() -> None:
     sizes = {"a": 4, "b": 4, "c": 20, "d": 4, "e": 8}
     assert plan_shards(sizes) == [["a", "b", "c", "d", "e"]]
     assert plan_shards(sizes, 10) == [["c"], ["a", "b"], ["d"], ["e"]]
+    assert plan_shards(sizes, "10") == plan_shards(sizes, 10)
     assert plan_shards(sizes, "1KB") == [["a", "b", "c", "d", "e"]]
     assert plan_shards({}) == [] == plan_shards({}, 10)
     with pytest.raises(ConfigError, match="max_shard_size '5 apples' is no size"):
         plan_shards(sizes, "5 apples")
     with pytest.raises(ConfigError, match="more than 0 bytes"):
         plan_shards(sizes, 0)
+    with pytest.raises(ConfigError, match="more than 0 bytes"):
+        plan_shards(sizes, "0")
 
 
 @given(st.dictionaries(st.text(min_size=1), st.integers(0, 50), max_size=20), st.integers(1, 60))

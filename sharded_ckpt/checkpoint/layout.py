@@ -88,8 +88,8 @@ def plan_shards(sizes: Mapping[str, int], max_shard_size: int | str | None = Non
 
     Args:
         sizes: Bytes of each tensor.
-        max_shard_size: Bytes of tensors in one file, or a text such as `"5GB"` (5 * 10**9 bytes); None for no
-            limit.
+        max_shard_size: Bytes of tensors in one file, or a text such as `"5GB"` (5 * 10**9 bytes) or `"700"`;
+            None for no limit.
 
     Returns:
         The names in each file; no file is empty.
@@ -100,6 +100,8 @@ def plan_shards(sizes: Mapping[str, int], max_shard_size: int | str | None = Non
     """
     if max_shard_size is None:
         return [list(sizes)] if sizes else []
+    if isinstance(max_shard_size, str) and max_shard_size.strip().isdecimal():
+        max_shard_size = int(max_shard_size)
     if isinstance(max_shard_size, int) and max_shard_size <= 0:
         raise ConfigError(f"max_shard_size must be more than 0 bytes, found {max_shard_size}")
     from huggingface_hub import split_state_dict_into_shards_factory
