@@ -374,6 +374,7 @@ def test_a_dialect_of_another_family(here: Path, capsys: pytest.CaptureFixture[s
         (["--micro-batches", "few"], "argument --micro-batches: 'few' is not a positive whole number"),
         (["--max-new-tokens", "0"], "argument --max-new-tokens: '0' is not a positive whole number"),
         (["--temperature", "0"], "argument --temperature: '0' is not a number above 0"),
+        (["--timeout", "0"], "argument --timeout: '0' is not a number above 0"),
         (["--top-p", "1.5"], "argument --top-p: '1.5' is not a number above 0 and of at most 1"),
     ],
 )
@@ -391,6 +392,9 @@ def test_generating_with_what_is_not_there(here: Path, capsys: pytest.CaptureFix
     assert refused(capsys, *argv, "--prompt-file", "prompts.txt") == (
         "prompts.txt: there is no prompt in it, expected one a line"
     )
+    (here / "prompts.txt").write_bytes("Grüße".encode("latin-1"))
+    said = refused(capsys, *argv, "--prompt-file", "prompts.txt")
+    assert said.startswith("prompts.txt: not a text in UTF-8, expected a prompt a line: ")
     said = refused(capsys, *argv, "--prompt", "x")
     assert said.startswith("model: its files make no tokenizer (")
     assert said.endswith("); put the tokenizer files of its parent beside the weights")

@@ -56,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", metavar="NAME", help='such as "bfloat16"; by default the checkpoint\'s')
     parser.add_argument("--device", metavar="NAME", help="by default an accelerator, where there is one")
-    parser.add_argument("--timeout", type=float, default=600.0, metavar="S", help="for a silent rank")
+    parser.add_argument("--timeout", type=_seconds, default=600.0, metavar="S", help="for a silent rank")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -126,7 +126,10 @@ def _generate(arguments: argparse.Namespace, prompts: list[str], runtime: Runtim
 
 
 def _read_prompts(file: Path) -> list[str]:
-    prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not a text in UTF-8, expected a prompt a line: {error}") from None
     if not prompts:
         raise ConfigError(f"{file}: there is no prompt in it, expected one a line")
     return prompts
@@ -175,6 +178,10 @@ def _micro_batches(text: str) -> Any:
 
 def _above_zero(text: str) -> float:
     return _between(text, 0, math.inf)
+
+
+def _seconds(text: str) -> float:
+    return _between(text, 0, 10**9)
 
 
 def _share(text: str) -> float:
