@@ -268,6 +268,15 @@ def test_the_working_directory_stays_a_place_to_work_in(
     assert version_in(Path("..")) == 2
 
 
+def test_the_working_directory_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    os.rmdir(tmp_path / "gone")
+    for version in (1, 2):
+        save_version(tmp_path / "ckpt", version)
+        assert version_in(tmp_path / "ckpt") == version
+
+
 def test_what_others_add_while_a_save_is_published_is_not_lost(tmp_path: Path) -> None:
     ckpt = tmp_path / "ckpt"
     save_version(ckpt, 1)

@@ -95,10 +95,10 @@ class Contents:
             index: Its name.
             renamed: Files that have got another name than planned.
         """
-        folder, weight_map, total = posixpath.dirname(index), {}, 0
+        folder, weight_map, total = index[: index.rfind("/") + 1], {}, 0
         for file in self.files:
             if file.index == index:
-                name = posixpath.relpath(renamed.get(file.name, file.name), folder or ".")
+                name = renamed.get(file.name, file.name).removeprefix(folder)
                 weight_map.update(dict.fromkeys(file.tensors, name))
                 total += sum(file.tensors.values())
         content = {"metadata": {**self.indexes[index], "total_size": total}, "weight_map": weight_map}
