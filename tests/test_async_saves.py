@@ -156,16 +156,21 @@ def test_in_the_foreground_the_same_is_done_at_once(tmp_path: Path) -> None:
     assert order == [True]
 
 
-def test_leaving_by_an_error_publishes_nothing_and_leaves_no_litter(tmp_path: Path, caplog) -> None:
+@pytest.mark.parametrize(
+    ("error", "text"), [(ZeroDivisionError("by zero"), "by zero"), (KeyboardInterrupt(), "KeyboardInterrupt")]
+)
+def test_leaving_by_an_error_publishes_nothing_and_leaves_no_litter(
+    tmp_path: Path, caplog, error: BaseException, text: str
+) -> None:
     def train() -> None:
         with AsyncCallsQueue() as queue:
             save(tmp_path / "new", made(), queue)
-            _ = 1 / 0
+            raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)):
         train()
     assert os.listdir(tmp_path) == []
-    assert "new is not published: division by zero" in caplog.text
+    assert f"new is not published: {text}" in caplog.text
 
 
 def test_a_queue_that_is_dropped_says_what_was_not_published(tmp_path: Path, caplog) -> None:

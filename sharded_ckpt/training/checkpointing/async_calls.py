@@ -172,7 +172,7 @@ class AsyncCallsQueue:
             try:
                 request.conclude(None, error)
             except BaseException as said:
-                logger.warning("%s is not published: %s", request, said)
+                logger.warning("%s is not published: %s", request, str(said) or type(said).__name__)
 
     def _land(self) -> None:
         self._flight = None
