@@ -339,7 +339,7 @@ def test_a_run_that_went_back_leaves_the_future_that_it_gave_up(tmp_path):
     assert Training(config_of(tmp_path)).load() == (2, 200)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "gone", "other save"])
+@pytest.mark.parametrize("damage", ["truncated", "gone", "other save", "random numbers"])
 def test_a_broken_newest_one_falls_back_only_when_asked_and_says_so(tmp_path, caplog, damage):
     training = Training(config_of(tmp_path)).train(1).save().train(1).save()
     shard = tmp_path / "iter_0000002" / "model" / "model-00001-of-00001.safetensors"
@@ -347,6 +347,8 @@ def test_a_broken_newest_one_falls_back_only_when_asked_and_says_so(tmp_path, ca
         shard.write_bytes(shard.read_bytes()[:-4])
     elif damage == "gone":
         shard.unlink()
+    elif damage == "random numbers":
+        (tmp_path / "iter_0000002" / "rng" / "rank_00000.json").write_text("[]")
     else:
         (tmp_path / "iter_0000002" / "training_state.json").write_bytes(
             (tmp_path / "iter_0000001" / "training_state.json").read_bytes()

@@ -178,7 +178,8 @@ def _load_found(
     if found.weights_only:
         _begin_from(found, filled, runtime)
         return 0, 0
-    with opened(found, runtime, fall_back=config.fall_back) as checkpoint:
+    wanted = {"load_rng": config.load_rng, "module_name": filled.module_name}
+    with opened(found, runtime, fall_back=config.fall_back, **wanted) as checkpoint:
         _resume(checkpoint, found, config, filled, runtime)
     progress = filled.state.train_state
     logger.info("resumed from %s, step %d", checkpoint.directory, progress.step)
@@ -217,7 +218,7 @@ def _resume(
             "optimizer", config.save_optim, config.load_optim, checkpoint
         )
         with_rng = _is_there("rng", config.save_rng, config.load_rng, checkpoint)
-        rng_state = checkpoint.rng_state(runtime, filled.module_name) if with_rng else None
+        rng_state = checkpoint.rng_state if with_rng else None
         loader_state = None if filled.loader is None else checkpoint.loader_state(runtime)
         model = ModelState(filled.model, is_peft=filled.is_adapter)
         optimizer = None

@@ -43,12 +43,15 @@ class OpenedCheckpoint:
         metadata: The content of metadata.json.
         train_state: How far the training had come.
         stored: Weights and optimizers.
+        rng_state: The random numbers of this rank; None if there are none, or none are wanted, or, with a
+            warning, if the number of ranks has changed.
     """
 
     directory: str
     metadata: Mapping[str, Any]
     train_state: TrainState
     stored: StoredState
+    rng_state: Mapping[str, Any] | None
 
     @property
     def contents(self) -> Mapping[str, Any]:
@@ -57,13 +60,23 @@ class OpenedCheckpoint:
         return contents
 
     @classmethod
-    def open(cls, directory: str, runtime: Runtime, *, local: bool = False) -> OpenedCheckpoint:
+    def open(
+        cls,
+        directory: str,
+        runtime: Runtime,
+        *,
+        local: bool = False,
+        load_rng: bool = True,
+        module_name: str | None = None,
+    ) -> OpenedCheckpoint:
         """Open what `save_checkpoint` has written.
 
         Args:
             directory: The directory of the step.
             runtime: Which rank this is.
             local: Whether it is this rank's own.
+            load_rng: Whether random numbers are wanted.
+            module_name: Sets apart those of one of several models.
 
         Raises:
             CheckpointNotFoundError: Something is missing.
@@ -83,21 +96,9 @@ class OpenedCheckpoint:
             )
         for reader in (stored.model, stored.optim):
             reader.headers()  # says now which file is missing or cut off, while there is still a choice
-        return cls(directory, metadata, train_state, stored)
-
-    def rng_state(self, runtime: Runtime, module_name: str | None = None) -> Mapping[str, Any] | None:
-        """Return the random numbers of this rank; None, with a warning, if the number of ranks has changed.
-
-        Raises:
-            CheckpointNotFoundError: They are missing.
-            CheckpointError: They are broken.
-        """
-        same = runtime.world_size == self.metadata["world_size"]
-        name = rng_file(runtime.global_rank if same else 0, module_name)
-        state: Mapping[str, Any] = read_json(LocalSource(self.directory), name)
-        where = os.path.join(self.directory, name)
-        known = check_rng_state(state, runtime.global_rank, runtime.world_size, where)
-        return state if known else None
+        wanted = load_rng and metadata["contents"].get("rng")
+        rng_state = _rng_state(source, metadata, runtime, module_name) if wanted else None
+        return cls(directory, metadata, train_state, stored, rng_state)
 
     def loader_state(self, runtime: Runtime) -> Mapping[str, Any] | None:
         """Return where this rank's data loader was; None, with a warning, if nobody has said.
@@ -122,31 +123,34 @@ class OpenedCheckpoint:
 
 
 @contextmanager
-def opened(found: Resolution, runtime: Runtime, *, fall_back: bool = False) -> Iterator[OpenedCheckpoint]:
+def opened(
+    found: Resolution, runtime: Runtime, *, fall_back: bool = False, **options: Any
+) -> Iterator[OpenedCheckpoint]:
     """Open a checkpoint on all ranks, or an older one. Retention leaves it alone until the end.
 
     Args:
         found: What was decided on.
         runtime: The ranks.
         fall_back: Whether an older one is taken.
+        **options: What of it is wanted: see `OpenedCheckpoint.open`.
 
     Raises:
         CheckpointError: It cannot be read on some rank, nor can any older one.
         CollectiveError: In its place on all of several ranks.
     """
     with ExitStack() as reading:
-        yield _first_that_opens(found, runtime, reading, fall_back)
+        yield _first_that_opens(found, runtime, reading, fall_back, options)
 
 
 def _first_that_opens(
-    found: Resolution, runtime: Runtime, reading: ExitStack, fall_back: bool
+    found: Resolution, runtime: Runtime, reading: ExitStack, fall_back: bool, options: Mapping[str, Any]
 ) -> OpenedCheckpoint:
     candidates = [found.directory, *(found.older if fall_back else ())]
     for number, directory in enumerate(candidates):
         one, error = None, None
         try:
             reading.enter_context(being_read(directory))
-            one = OpenedCheckpoint.open(directory, runtime, local=found.origin == "local")
+            one = OpenedCheckpoint.open(directory, runtime, local=found.origin == "local", **options)
         except (CheckpointError, OSError) as caught:
             error = caught
         said = runtime.control.gather(None if error is None else str(error), f"opening {directory}")
@@ -165,6 +169,16 @@ def _hinted(error: Exception | None, found: Resolution, fall_back: bool) -> Exce
     if not isinstance(error, CheckpointError) or fall_back or not found.older:
         return error
     return type(error)(f"{error}. An older checkpoint is taken with fall_back=True")
+
+
+def _rng_state(
+    source: LocalSource, metadata: Mapping[str, Any], runtime: Runtime, module_name: str | None
+) -> Mapping[str, Any] | None:
+    same = runtime.world_size == metadata["world_size"]
+    name = rng_file(runtime.global_rank if same else 0, module_name)
+    state: Mapping[str, Any] = read_json(source, name)
+    where = f"{source.location}/{name}"
+    return state if check_rng_state(state, runtime.global_rank, runtime.world_size, where) else None
 
 
 def _metadata(source: LocalSource, directory: str) -> dict[str, Any]:
