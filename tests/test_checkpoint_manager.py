@@ -45,6 +45,7 @@ from sharded_ckpt.training.checkpointing import (
     get_rng_state,
     legacy,
     load_checkpoint,
+    maybe_finalize_async_save,
     pin_checkpoint,
     save_checkpoint,
     set_checkpoint_version,
@@ -544,6 +545,19 @@ def test_there_must_be_a_place_to_save_to(tmp_path):
         Training(CheckpointConfig()).train(1).save()
     with pytest.raises(ConfigError, match="pg_collection is a int; pass the process group of the ranks"):
         Training(config_of(tmp_path)).train(1).save(pg_collection=3)
+
+
+def test_a_save_in_the_background_goes_where_it_was_to_go_wherever_the_program_works_by_then(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    training = Training(config_of(Path("run"), async_save=True)).train(1).save()
+    (tmp_path / "elsewhere" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    maybe_finalize_async_save(training.state, training.state.checkpoint_config, blocking=True, terminate=True)
+    assert steps_in(tmp_path / "run") == [1]
+    assert Training(config_of(tmp_path / "run"), seed=1).load() == (1, 100)
+    assert list(Path("run").iterdir()) == []
 
 
 def test_a_save_in_the_background_counts_once_it_is_finalized(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patchers.errors import CheckpointError, ConfigError
@@ -19,7 +19,8 @@ class SaveTarget:
     """Where one checkpoint goes.
 
     Attributes:
-        root: The directory of all checkpoints of its kind; the tracker is there.
+        root: The directory of all checkpoints of its kind; the tracker is there. It is absolute: a save that
+            goes on in the background must not depend on where the program works by then.
         iteration: The step.
         kind: Who reads it.
         keep: How many of its kind stay; -1 for all.
@@ -77,6 +78,7 @@ class SaveTarget:
                 f"non_persistent_ckpt_type is {config.non_persistent_ckpt_type!r}, so there is no place for "
                 "a short-lived checkpoint: set it to global or local"
             )
+        target = replace(target, root=Path(os.path.abspath(target.root)))
         if is_pinned(target.directory):
             raise CheckpointError(
                 f"{target.directory} is pinned, and not replaced: unpin it, or save elsewhere"
