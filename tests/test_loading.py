@@ -27,6 +27,10 @@ from patchers.errors import (
     OwnershipError,
 )
 from sharded_ckpt import Runtime, is_in_safetensors_format, load_and_shard_model, load_sharded_state_dict
+from sharded_ckpt.checkpoint.publish import transaction
+from sharded_ckpt.loading.opening import open_loader
+from sharded_ckpt.loading.options import LoadOptions
+from sharded_ckpt.runtime import default_runtime
 
 ROUTES = ("direct", "converted")
 OWNED = [{0, 1, 2, 3}, {0}, {1, 2}, {3}, {0, 3}, {0, 2}, set()]
@@ -245,6 +249,47 @@ def test_generation_settings_come_out_of_an_old_config_too(tmp_path: Path, route
     )
     assert model.generation_config.to_dict() == reference.generation_config.to_dict()
     assert model.config.to_dict() == reference.config.to_dict()
+
+
+def save_version(parent: Path, folder: Path, version: int) -> None:
+    """Save what a tiny checkpoint has, with a version in the weights and in both configs."""
+    config, tensors = json.loads((parent / "config.json").read_text()), tensors_of(parent)
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], version)
+    with transaction(folder, durable=False) as save:
+        save.write_tensors(tensors)
+        save.write_json("config.json", {**config, "rms_norm_eps": float(version)})
+        save.write_json("generation_config.json", {"eos_token_id": version})
+
+
+def versions_in(model: Any) -> tuple[float, float, int]:
+    return model.model.norm.weight[0].item(), model.config.rms_norm_eps, model.generation_config.eos_token_id
+
+
+def test_a_save_while_tensors_are_read_takes_nothing_from_the_load(shared: Path, tmp_path: Path) -> None:
+    parent, folder = tiny_checkpoint(shared), tmp_path / "ckpt"
+    save_version(parent, folder, 3)
+    loader = open_loader(folder, {"allow_pickle": False}, LoadOptions(), default_runtime())
+    save_version(parent, folder, 4)
+    loader.fill()
+    assert versions_in(loader.finish()) == (3, 3, 3)
+    assert versions_in(load_and_shard_model("auto", folder)) == (4, 4, 4)
+
+
+def test_a_checkpoint_moved_away_while_the_config_is_read_makes_the_load_begin_again(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, folder = tiny_checkpoint(shared), tmp_path / "ckpt"
+    save_version(parent, folder, 3)
+    read, news = AutoConfig.from_pretrained, [4, 5]
+
+    def read_after_a_save(*arguments: Any, **options: Any) -> Any:
+        if news:
+            folder.rename(tmp_path / f"before {news[0]}")
+            save_version(parent, folder, news.pop(0))
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", read_after_a_save)
+    assert versions_in(load_and_shard_model("auto", folder)) == (5, 5, 5)
 
 
 def test_dtype_may_be_a_name(shared: Path) -> None:

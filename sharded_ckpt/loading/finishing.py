@@ -12,21 +12,26 @@ from sharded_ckpt.checkpoint.source import TensorSource
 from sharded_ckpt.loading.plan import LoadPlan
 
 
-def read_generation_config(model: PreTrainedModel, source: TensorSource) -> None:
-    """Give a model the generation config of its checkpoint; without it, eos and temperature would change."""
+def read_generation_config(model: PreTrainedModel, source: TensorSource) -> GenerationConfig | None:
+    """Return the generation config of a checkpoint; without it, eos and temperature would change.
+
+    Args:
+        model: What is loaded; None is returned if it does not generate.
+        source: The checkpoint.
+    """
     if not model.can_generate():
-        return
+        return None
     files = {
         "generation_config.json": {},
         "config.json": {"_from_model_config": True},
     }  # as from_pretrained
     name = next((name for name in files if source.exists(name)), None)
     if name is None:
-        model.generation_config = GenerationConfig.from_model_config(model.config)
-    else:
-        folder = source.local_path(name).parent
-        read: Any = GenerationConfig.from_pretrained
-        model.generation_config = read(folder, name, **files[name])
+        return GenerationConfig.from_model_config(model.config)
+    folder = source.local_path(name).parent
+    read: Any = GenerationConfig.from_pretrained
+    found: GenerationConfig = read(folder, name, **files[name])
+    return found
 
 
 def casts_of(

@@ -87,6 +87,7 @@ class ShardLoader:
         )
         self.whole = self.shard.state_dict(keep_vars=True)
         self.computed = {name for name, _ in self.shard.named_non_persistent_buffers()}
+        self.generation_config = read_generation_config(self.shard, self.source)
         self.ties = dict(self.shard.all_tied_weights_keys)
         self.num_blocks = num_blocks(self.shard, self.descriptor)
         self.targets = None if self.is_plain else targets_of(self.shard, self.whole, self.parts)
@@ -152,7 +153,8 @@ class ShardLoader:
         """Give the shard what transformers gives a loaded model, check it, and attach the report."""
         model = self.shard
         model.config.name_or_path = model.name_or_path = self._name_or_path()
-        read_generation_config(model, self.source)
+        if self.generation_config is not None:
+            model.generation_config = self.generation_config
         made = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
         check_complete(made, self.device)
         report = self._report(made)

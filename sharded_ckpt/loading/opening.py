@@ -35,7 +35,8 @@ def open_loader(
         try:
             with paused_collection():
                 loader.prepare()
-            if unfinished(folder) is None:
+            # Configs were read by path, tensors will be of the directory that was opened.
+            if unfinished(folder) is None and not reader.source.changed():
                 return loader
         except CheckpointError:
             if not reader.source.changed():
