@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from patchers.deci_x import blocks_of
@@ -43,7 +44,7 @@ def load_model_config(
 
     Raises:
         CheckpointNotFoundError: There is no config.json.
-        ConfigError: It has no known `model_type`.
+        ConfigError: It has no known `model_type`, or values that its family does not take.
         BlockConfigError: Its block configs are wrong.
     """
     source = checkpoint
@@ -78,7 +79,13 @@ def native_config(
             "if its own code defines it and you trust that code, pass trust_remote_code=True"
         )
     folder = source.local_path("config.json").parent
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{source.location}/config.json: transformers makes no {family} config of it: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     if not trusted:  # a class of remote code is looked up by this name
         config.name_or_path = source.location
     return config

@@ -292,6 +292,21 @@ def test_a_checkpoint_moved_away_while_the_config_is_read_makes_the_load_begin_a
     assert versions_in(load_and_shard_model("auto", folder)) == (5, 5, 5)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("hidden_size", "64"), ("num_hidden_layers", None), ("dtype", "float33")]
+)
+def test_a_config_that_its_family_does_not_take_is_named(
+    shared: Path, tmp_path: Path, field: str, value: Any
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint(shared), tmp_path / "ckpt")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    with pytest.raises(
+        ConfigError, match=rf"ckpt/config\.json: transformers makes no llama config .*\b{value or field}"
+    ):
+        load_and_shard_model("auto", folder)
+
+
 def test_dtype_may_be_a_name(shared: Path) -> None:
     folder = tiny_checkpoint(shared)
     assert load_and_shard_model("auto", folder, dtype="bfloat16").dtype is torch.bfloat16
