@@ -63,6 +63,18 @@ def test_what_is_not_whole_or_not_ours_neither_counts_nor_goes(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*others, "iter_0000020"])
 
 
+def test_of_a_checkpoint_that_was_moved_elsewhere_and_linked_the_link_goes_alone(tmp_path):
+    run, archive = run_directory(tmp_path / "run", [10, 20, 30]), tmp_path / "archive"
+    for name in ("iter_0000010", "iter_0000020"):
+        archive.mkdir(exist_ok=True)
+        (run / name).rename(archive / name)
+    (run / "iter_0000010").symlink_to(archive / "iter_0000010")
+    (run / ".iter_0000020.removing").symlink_to(archive / "iter_0000020")  # of a removal that was cut off
+    assert remove_old_checkpoints(run, 1) == [10]
+    assert os.listdir(run) == ["iter_0000030"]
+    assert steps_in(archive) == [10, 20]
+
+
 def test_a_pinned_checkpoint_stays_until_it_is_let_go(tmp_path):
     run_directory(tmp_path, [10, 20, 30])
     pin_checkpoint(tmp_path / "iter_0000010")

@@ -42,11 +42,15 @@ def copy_file(storage: LocalStorage, source: PathLike, target: PathLike) -> None
 def remove_tree(storage: LocalStorage, root: PathLike) -> None:
     """Remove a directory and what is in it.
 
-    Links are removed, never followed; what is gone is gone; what is mounted there is not entered.
+    Links are removed, never followed, nor is one in the place of the directory; what is gone is gone; what is
+    mounted there is not entered.
 
     Raises:
         OSError: Something is left.
     """
+    if os.path.islink(root):
+        unlink_if_there(storage, root)
+        return
     mounts = _mount_points()
 
     def remove(path: str) -> None:
