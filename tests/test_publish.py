@@ -8,6 +8,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ from sharded_ckpt.checkpoint.repair import rebuild_index
 from sharded_ckpt.checkpoint.source import open_source
 from sharded_ckpt.checkpoint.storage import LocalStorage
 from sharded_ckpt.checkpoint.verify import verify
+
+
+def version_of(folder: Path) -> int:
+    return int(stranger_reads(folder)["scale"])
 
 
 @pytest.fixture(params=["exchange", "name by name", "in the working directory"])
@@ -133,6 +138,37 @@ def test_a_single_file_replaces_the_shards_of_its_stem(tmp_path: Path, options: 
         save.write_file("model.safetensors", values(2))
     assert files_in(tmp_path / "ckpt") == ["config.json", "model.safetensors"]
     assert torch.equal(load_file(tmp_path / "ckpt" / "model.safetensors")["scale"], torch.tensor(2.0))
+
+
+def test_an_empty_directory_is_as_good_as_none(tmp_path: Path, options: dict[str, Any]) -> None:
+    (tmp_path / "ckpt" / "sub" / "deep").mkdir(parents=True)
+    (tmp_path / "ckpt" / "other").mkdir()
+    for version in (1, 2):
+        with transaction(tmp_path / "ckpt", **options) as save:
+            save.write_tensors(values(version), stem="sub/deep/model")
+        assert version_of(tmp_path / "ckpt" / "sub" / "deep") == version
+    assert (tmp_path / "ckpt" / "other").is_dir()
+
+
+def test_a_link_in_the_place_of_a_folder_is_replaced_or_refused_and_never_written_through(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    (tmp_path / "ckpt").mkdir(exist_ok=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "ckpt" / "sub").symlink_to(tmp_path / "elsewhere")
+    is_exchanged = not options and Path.cwd() != tmp_path / "ckpt"
+    text = "sub would have to be a file and a directory; move away what is there"
+    with (
+        nullcontext() if is_exchanged else pytest.raises(CheckpointError, match=text),
+        transaction(tmp_path / "ckpt", **options) as save,
+    ):
+        save.supersede("*")
+        save.write_tensors(values(1), stem="sub/model")
+    if is_exchanged:
+        assert version_of(tmp_path / "ckpt" / "sub") == 1
+    else:
+        assert os.listdir(tmp_path / "ckpt") == ["sub"]
+    assert os.listdir(tmp_path / "elsewhere") == []
 
 
 def test_superseded_files_go(tmp_path: Path, options: dict[str, Any]) -> None:

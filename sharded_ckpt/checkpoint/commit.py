@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -96,6 +96,7 @@ class Publication:
         if reason is not None:
             logger.info("%s changes name by name: %s", self._target, reason)
             self._arrange(arrangement, old, replaced, self._token)
+            _refuse_clashes(self._target, old.keys(), arrangement.names)  # old and new are there together
             self._change_names(old, replaced, arrangement.names)
 
     @property
@@ -105,10 +106,20 @@ class Publication:
     # What is there
 
     def _survey(self) -> dict[str, os.DirEntry[str]]:
-        """Return what the directory holds now."""
+        """Return what the directory holds now, but for empty directories that the save fills."""
+        inside, folders = self._workspace.inside, self._folders()
+
+        def stays_out(name: str, entry: os.DirEntry[str]) -> bool:
+            return (inside and is_workspace(name.split("/")[0])) or (name in folders and _is_empty(entry))
+
         entries = walk(self._storage, self._target)
-        inside = self._workspace.inside
-        return {name: entry for name, entry in entries if not (inside and is_workspace(name.split("/")[0]))}
+        return {name: entry for name, entry in entries if not stays_out(name, entry)}
+
+    def _folders(self) -> set[str]:
+        """Return the directories, below the one that is saved to, that the save writes into."""
+        names = {file.name for file in self._contents.files}.union(self._contents.indexes)
+        names.update(name for name, _ in walk(self._storage, self._workspace.stage))
+        return {str(parent) for name in names for parent in Path(name).parents}
 
     def _listed(self, index: str) -> list[str]:
         try:
@@ -252,7 +263,7 @@ class _Carried:
                 self._storage.rename(entry.path, path)
 
 
-def _refuse_clashes(target: Path, kept: set[str], names: list[str]) -> None:
+def _refuse_clashes(target: Path, kept: Set[str], names: list[str]) -> None:
     """Refuse to put a file where a directory stays, or the other way round."""
     old_folders = {str(parent) for name in kept for parent in Path(name).parents}
     new_folders = {str(parent) for name in names for parent in Path(name).parents}
@@ -265,6 +276,11 @@ def _refuse_clashes(target: Path, kept: set[str], names: list[str]) -> None:
 
 def _is_private(name: str) -> bool:
     return any(map(is_workspace, name.split("/")))
+
+
+def _is_empty(entry: os.DirEntry[str]) -> bool:
+    """Return whether what `walk` gives is a directory: those with something in them, it enters."""
+    return entry.is_dir(follow_symlinks=False) and not _is_mounted(entry)
 
 
 def _is_mounted(entry: os.DirEntry[str]) -> bool:
