@@ -167,6 +167,17 @@ def vote_in_pairs() -> list[Any]:
     return control.gather(dist.get_rank(), "telling the pair")
 
 
+def connect_unlike_ranks() -> list[int]:
+    """Connect ranks that are in three groups, two, one and two, with all and in a pair."""
+    import torch.distributed as dist
+
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [0, 3])]
+    control_group(timeout=20).connect()
+    if dist.get_rank() < 2:
+        control_group(groups[0], timeout=20).connect()
+    return control_group(timeout=20).gather(dist.get_rank(), "telling all")
+
+
 def exchange(chunk_bytes: int) -> list[int]:
     """Rank 0 sends every kind of tensor to all; each checks every bit. Returns the bytes of each chunk."""
     import torch
@@ -323,6 +334,10 @@ def test_ranks_at_different_work_are_told_before_they_take_each_others_values(gl
 
 def test_a_group_of_some_ranks_agrees_by_itself(gloo: Gloo) -> None:
     assert gloo.run_ok(vote_in_pairs, world_size=4) == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_ranks_that_are_in_different_numbers_of_groups_connect(gloo: Gloo) -> None:
+    assert gloo.run_ok(connect_unlike_ranks, world_size=4) == [[0, 1, 2, 3]] * 4
 
 
 def test_store_and_threads_do_not_grow(gloo: Gloo) -> None:

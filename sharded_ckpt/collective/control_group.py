@@ -18,6 +18,7 @@ from patchers.errors import CollectiveError, ConfigError
 from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.checkpoint.raw import bytes_of
 from sharded_ckpt.collective.agreement import Agreement, silence_of
+from sharded_ckpt.collective.memberships import as_many_memberships, memberships
 from sharded_ckpt.collective.store_thread import StoreLostError
 from sharded_ckpt.collective.verdict import ConnectionCutError, cut_off, entry, judge
 
@@ -143,9 +144,10 @@ class ControlGroup:
         """
         import torch.distributed as dist
 
-        self.vote(None, "connecting the ranks")  # names the ranks that are not there, which gloo would not
+        # names the ranks that are not there, which gloo would not
+        told = self.gather(memberships(), "connecting the ranks")
         if self._links.gloo is None:
-            with together(self, "connecting the ranks by gloo"):
+            with together(self, "connecting the ranks by gloo"), as_many_memberships(max(told)):
                 self._links.gloo = dist.new_group(
                     self._links.global_ranks,
                     timeout=timedelta(seconds=silence_of(self.timeout)),

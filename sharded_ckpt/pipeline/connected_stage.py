@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from patchers.descriptor import ModelDescriptor
 from patchers.native import text_config_of
 from sharded_ckpt.checkpoint.coordinator import together
+from sharded_ckpt.collective.memberships import as_many_memberships, memberships
 from sharded_ckpt.model import num_blocks
 from sharded_ckpt.pipeline.body import Passed, Received, StageBody
 from sharded_ckpt.pipeline.failure import failing_together
@@ -56,14 +57,16 @@ class ConnectedStage:
         with together(control, "making the stages of a pipeline"):
             self.descriptor = ModelDescriptor.of(descriptor, model_shard.config)
             self.body = StageBody(model_shard, self.descriptor)
-            described = [list(self.body.blocks), num_blocks(model_shard, self.descriptor)]
+            described = [list(self.body.blocks), num_blocks(model_shard, self.descriptor), memberships()]
         told = control.gather(described, "lining up the stages of a pipeline")
-        self.lineup = Lineup(tuple(tuple(owned) for owned, _ in told), max(count for _, count in told))
+        owned, counts, groups = zip(*told, strict=True)
+        self.lineup = Lineup(tuple(map(tuple, owned)), max(counts))
         self.links: Links | None = None
         with together(control, "connecting the stages of a pipeline"):
             require_own_keys(self.lineup, text_config_of(model_shard.config))
             if self.runtime.world_size > 1:
-                self.links = Links(self.lineup, self.runtime)
+                with as_many_memberships(max(groups)):
+                    self.links = Links(self.lineup, self.runtime)
 
     def __repr__(self) -> str:
         rank, blocks = self.runtime.global_rank, self.lineup.owned[self.runtime.global_rank]
