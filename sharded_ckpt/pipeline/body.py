@@ -94,6 +94,15 @@ class StageBody:
             )
         return Passed(hidden_states, output)
 
+    def pass_by(self, inputs: Mapping[str, Any]) -> None:
+        """Let a cache count the tokens of a pass in which this rank, which owns nothing, takes no part.
+
+        Args:
+            inputs: As for `run`.
+        """
+        with all_armed(self._stubs):
+            self.shard(**inputs)
+
     def _require_one_turn(self, turns: int) -> None:
         """Refuse to end among blocks that are run again (dory): what was sent is of one turn."""
         if turns != 1 and len(self._stubs) > 0:

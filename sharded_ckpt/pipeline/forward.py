@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from patchers.cache_names import CACHE_NAMES
 from sharded_ckpt.pipeline.connected_stage import ConnectedStage
 from sharded_ckpt.pipeline.inputs import MicroBatches, cut, inseparable, joined, require_separable
 from sharded_ckpt.pipeline.links import Links
@@ -25,6 +26,8 @@ def forward(
         parts = list(cut(inputs, rows))
         passes = zip(parts, stage.expecting([part["input_ids"].shape for part in parts]), strict=True)
         outputs = [stage.run(part).output for part, _ in passes if stage.body.blocks]
+        if not stage.body.blocks and any(given.get(name) is not None for name in CACHE_NAMES):
+            stage.body.pass_by(inputs)  # the next call compares the lengths of all caches
         result = joined(outputs) if stage.is_last else None
         if broadcast and stage.links is not None:
             result = _broadcast(result, stage.links, given.get("labels") is not None)
