@@ -69,7 +69,7 @@ def expected(checkpoint: Path) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "owned"), [(1, None), (2, None), (4, [[0, 1], [2], [], [3, 4, 5, 6]])]
+    ("world_size", "owned"), [(1, None), (2, None), (5, [[0, 1], [2, 3, 4], [], [5], [6]])]
 )
 def test_tokens_are_those_of_one_process_on_every_rank(
     gloo: Gloo, folder: Path, world_size: int, owned: Any

@@ -68,7 +68,8 @@ def generate(
             require_runnable(options, stage.shard.config)
             told = {name: value for name, value in options.items() if name != "streamer"}
             stage.links.compare(fingerprint({"input_ids": inputs, **told}, extra=[micro_batches, seed]))
-        made = _generate(stage, inputs, micro_batches, seed, options)
+        with _somewhere(stage.shard, stage.runtime.device):
+            made = _generate(stage, inputs, micro_batches, seed, options)
         stage.conclude()
     return made
 
@@ -157,8 +158,7 @@ def _prepared(
     for part in cut(given, rows):
         own = copy.deepcopy({name: options[name] for name in _WITH_STATE if name in options})
         arguments = {**options, **own, **part, "streamer": None, "custom_generate": prepared}
-        with _somewhere(stage.shard, stage.runtime.device):
-            whole_class.generate(stage.shard, arguments.pop("input_ids"), **arguments)
+        whole_class.generate(stage.shard, arguments.pop("input_ids"), **arguments)
     return parts
 
 
@@ -180,7 +180,10 @@ def _with_stop_strings(model: PreTrainedModel, options: Mapping[str, Any]) -> di
 
 @contextmanager
 def _somewhere(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Give a model a parameter if it has none: transformers asks the first one where the model is."""
+    """Give a model a parameter if it has none: transformers asks the first one where the model is.
+
+    So it is where a rank owns nothing, or nothing but blocks of which all is removed.
+    """
     if next(model.parameters(), None) is not None:
         yield
         return
