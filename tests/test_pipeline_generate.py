@@ -34,6 +34,12 @@ GREEDY = PADDED | {"do_sample": False}
 SAMPLED = PADDED | {"do_sample": True}
 ENDS = list(range(4, 40))  # so many end tokens that rows end early, and whole micro-batches
 
+
+def two_of_its_own(row: int, _: torch.Tensor) -> list[int]:
+    """The tokens that a row may have."""
+    return [10 + row, 30 + row]
+
+
 # What `generate` is asked, and how the pipeline is to go about it.
 CALLS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (GREEDY | {"max_new_tokens": 8}, {"micro_batches": 2}),
@@ -50,6 +56,9 @@ CALLS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"micro_batches": 2},
     ),
     ({"inputs": PROMPTS, "generation_config": GenerationConfig(max_new_tokens=4, pad_token_id=0)}, {}),
+    (GREEDY | {"max_new_tokens": 6, "prefix_allowed_tokens_fn": two_of_its_own}, {"micro_batches": [3, 1]}),
+    (GREEDY | {"max_new_tokens": 6, "cache_implementation": "static"}, {"micro_batches": 2}),
+    (GREEDY | {"max_new_tokens": 4}, {"micro_batches": "auto"}),
 ]
 
 
@@ -107,6 +116,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"use_cache": False, "prefill_chunk_size": 2}, "only with a cache"),
     ({"max_new_token": 3}, "max_new_token"),
+    ({"cache_implementation": "paged"}, "a pipeline has no paged cache"),
+    ({"guidance_scale": 1.5}, "guidance_scale cannot be given to a pipeline's generate: it runs the whole"),
+    ({"num_return_sequences": 2, "do_sample": False}, "greedily, num_return_sequences would all be the same"),
     ({"inputs": PROMPTS.tolist()}, "input_ids must be a tensor of token ids, (batch, tokens), not list"),
 ]
 

@@ -8,8 +8,9 @@ It prepares each micro-batch by itself; the loop takes them through the stages o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -84,6 +85,10 @@ def _generate(
     for name in _REFUSED:
         if options.get(name) is not None:
             raise ConfigError(f"{name} cannot be given to a pipeline's generate: it {_REFUSED[name]}")
+    if options.get("cache_implementation") == "paged":  # transformers would leave the loop out, too
+        raise ConfigError(
+            "a pipeline has no paged cache; leave out cache_implementation, or pass another one"
+        )
     prompts, options = _prompts(inputs, options)
     given, options = _expanded(stage, prompts, options)
     generator = None if seed is None else torch.Generator(stage.runtime.device).manual_seed(seed)
@@ -93,6 +98,8 @@ def _generate(
     if len(parts) > 1 and not all(part.sampler.pads_or_stops_together for part in parts):
         # rows that have ended are not padded then, but go on until the last one ends
         parts = _prepared(stage, given, [sum(rows)], options, generator)
+    if batch > len(prompts) and not parts[0].sampler.samples:
+        raise ConfigError("greedily, num_return_sequences would all be the same: pass do_sample=True")
     stream = Stream(options["streamer"], given["input_ids"])
     return decode(parts, stage, stream)
 
@@ -150,16 +157,27 @@ def _prepared(
         **others: Any,
     ) -> torch.Tensor:
         _require_plain(generation_config, others)
+        if stage.links is not None and generation_config.guidance_scale not in (None, 1):
+            raise ConfigError(
+                "guidance_scale cannot be given to a pipeline's generate: it runs the whole model once more"
+            )
         sampler = Sampler(logits_processor, stopping_criteria, generation_config, generator)
         parts.append(Part(stage, input_ids, others, sampler, generation_config.prefill_chunk_size))
         return input_ids
 
     whole_class: Any = type(stage.shard)  # the instance's own refuses partial shards
-    for part in cut(given, rows):
+    for start, part in zip(accumulate(rows, initial=0), cut(given, rows), strict=False):
         own = copy.deepcopy({name: options[name] for name in _WITH_STATE if name in options})
+        if options.get("prefix_allowed_tokens_fn") is not None:
+            own["prefix_allowed_tokens_fn"] = _counting_from(start, options["prefix_allowed_tokens_fn"])
         arguments = {**options, **own, **part, "streamer": None, "custom_generate": prepared}
         whole_class.generate(stage.shard, arguments.pop("input_ids"), **arguments)
     return parts
+
+
+def _counting_from(start: int, allowed: Callable[[int, Any], list[int]]) -> Callable[[int, Any], list[int]]:
+    """Return a function of the rows of a micro-batch, given that of the rows of the batch."""
+    return lambda row, input_ids: allowed(start + row, input_ids)
 
 
 def _with_stop_strings(model: PreTrainedModel, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Sampler:
         generator: To draw from; None for torch's default one.
 
     Attributes:
+        samples: Whether tokens are drawn.
         pads: Whether rows that have ended are padded; where no end token is known, they go on.
         pads_or_stops_together: Whether no row has to go on because others do.
     """
@@ -34,7 +35,7 @@ class Sampler:
         generator: torch.Generator | None,
     ) -> None:
         self._processors, self._criteria = processors, criteria
-        self._samples, self._generator = config.do_sample, generator
+        self.samples, self._generator = config.do_sample, generator
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         lengths = (MaxLengthCriteria, MaxTimeCriteria)
         self.pads_or_stops_together = self.pads or all(isinstance(each, lengths) for each in criteria)
@@ -50,7 +51,7 @@ class Sampler:
             ended: Which rows have ended.
         """
         scores: torch.Tensor = self._processors(input_ids, logits.to(torch.float32, copy=True))  # type: ignore[arg-type]
-        tokens = self._draw(scores.softmax(-1)) if self._samples else scores.argmax(-1)
+        tokens = self._draw(scores.softmax(-1)) if self.samples else scores.argmax(-1)
         return torch.where(ended, self.pad(ended), tokens) if self.pads else tokens
 
     def has_ended(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -64,7 +65,7 @@ class Sampler:
 
     def skip(self, logits: torch.Tensor) -> None:
         """Draw for rows that have ended, so that the tokens of the others do not depend on it."""
-        if self._samples:
+        if self.samples:
             self._draw(torch.ones_like(logits, dtype=torch.float32))
 
     def _draw(self, weights: torch.Tensor) -> torch.Tensor:
