@@ -12,10 +12,12 @@ from support.gloo import Gloo
 FAMILIES = sorted({*TEXT_FAMILIES, *VISION_FAMILIES})
 JOBS = 12  # each imports the modules of its families once, on every rank
 
-CASES = {
-    "native, three stages": Case([[0], [1, 2], [3]]),
-    "native, tied": Case([[0, 1], [2, 3], []], tied=True, rows=(1, 1, 1)),
-    "of all kinds, a rank that owns nothing": Case([[0, 1], [], [2, 3]], without_attention=2),
+CASES = {  # the first and the last block of those of all kinds have no attention
+    "one rank": Case([[0, 1, 2, 3]], "of all kinds"),
+    "two ranks": Case([[0, 1, 2], [3]], "of all kinds", rows=(1, 1, 1)),
+    "three ranks, of which one owns nothing": Case([[0, 1], [], [2, 3]], "tied", rows=(1, 1, 1)),
+    "four ranks": Case([[0], [1], [2], [3]]),
+    "four ranks, of all kinds": Case([[0], [1], [2], [3]], "of all kinds"),
 }
 
 
@@ -25,7 +27,7 @@ in_jobs = pytest.mark.parametrize("families", [FAMILIES[at::JOBS] for at in rang
 @pytest.mark.slow
 @in_jobs
 def test_logits_and_tokens_are_those_of_one_process(gloo: Gloo, families: Sequence[str]) -> None:
-    for found in gloo.run_ok(compared_over_ranks, families, CASES, world_size=3, timeout=240):
+    for found in gloo.run_ok(compared_over_ranks, families, CASES, world_size=4, timeout=240):
         assert found == {}
 
 

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from patchers.capability import layer_capabilities
 from patchers.descriptor import ModelDescriptor
+from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.model import create_local_shard_, num_blocks
 from sharded_ckpt.pipeline import PipelineStage
-from sharded_ckpt.runtime import default_runtime
+from sharded_ckpt.runtime import Runtime, default_runtime
 from support.by_hand import drawn, patched_model
 from support.families import drawn_model, family_config
 
@@ -23,6 +24,7 @@ IDS = torch.randint(4, 128, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [1] * 9])
 NEW_TOKENS = 3
 BATCHED = {"paligemma"}  # its own model gives rows other tokens where no row of the batch is padded
+WITHOUT_ATTENTION = (0, 3)  # the first blocks of some stages, in models of all kinds
 UNTIED = {"dbrx"}  # its config refuses to be tied
 ROUNDING = {
     "dbrx",
@@ -34,44 +36,68 @@ ROUNDING = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model of each family, and how it is run.
+    """How a model of each family is run.
 
     Attributes:
         owned: The blocks of each rank in a model of four; the last run goes on to the end of longer ones.
-        without_attention: A block that has none, in a model of blocks of all kinds; None for a native model.
-        tied: Whether head and embedding are one in a native model.
+        model: Which one: "native", "tied", or "of all kinds", in which blocks differ.
         rows: Of the micro-batches.
     """
 
     owned: Sequence[Sequence[int]]
-    without_attention: int | None = None
-    tied: bool = False
+    model: str = "native"
     rows: Sequence[int] = (2, 1)
-
-    def model(self, family: str) -> PreTrainedModel:
-        """Return the whole model, the same wherever it is made."""
-        if self.without_attention is None:
-            tied = self.tied and family not in UNTIED
-            return drawn_model(family_config(family, tie_word_embeddings=tied))
-        config, block = family_config(family), self.without_attention
-        kinds = drawn(config, seed=3)
-        if layer_capabilities(config)[block]["no_op_attention"] is True:
-            kinds[block] = "no_op_attention", kinds[block][1]
-        return patched_model(config, kinds)
 
 
 def compared_over_ranks(families: Sequence[str], cases: Mapping[str, Case]) -> dict[str, str]:
-    """Return what differs from one process, or is raised, by family and case; nothing of those that agree."""
-    found = {}
+    """Return what differs from one process, or is raised, by family and case; nothing of those that agree.
+
+    A case of fewer ranks is run by the first of them, while the others wait for the next one.
+    """
+    found, runtimes = {}, _runtimes(sorted({len(case.owned) for case in cases.values()}))
     for family in families:
+        models = _models(family, runtimes[max(runtimes)].control)
         for name, case in cases.items():
+            if len(case.owned) not in runtimes:
+                continue
             try:
-                what = _differing(family, case)
+                what = _differing(family, models[case.model], case, runtimes[len(case.owned)])
             except Exception as error:
                 what = f"{type(error).__name__}: {error}"
             if what:
                 found[f"{family}, {name}"] = what
     return found
+
+
+def _models(family: str, control: Any) -> dict[str, PreTrainedModel]:
+    """Return the whole models, the same on every rank. Collective: one rank finds out what blocks can be."""
+    kinds: Any = None
+    with together(control, "drawing blocks"):
+        config = family_config(family)
+        if control.rank == 0:
+            kinds, able = drawn(config, seed=3), layer_capabilities(config)
+            for block in WITHOUT_ATTENTION:
+                if able[block]["no_op_attention"] is True:
+                    kinds[block] = "no_op_attention", kinds[block][1]
+    (kinds, *_) = control.gather(kinds, "telling which blocks were drawn")
+    tied = family not in UNTIED
+    return {
+        "native": drawn_model(family_config(family, tie_word_embeddings=False)),
+        "tied": drawn_model(family_config(family, tie_word_embeddings=tied)),
+        "of all kinds": patched_model(config, list(map(tuple, kinds))),
+    }
+
+
+def _runtimes(sizes: Sequence[int]) -> dict[int, Runtime]:
+    """Return those of the first ranks, so many as each size says, of which this one is one. Collective."""
+    groups: dict[int, Any] = {size: dist.new_group(list(range(size))) for size in sizes if size > 1}
+    shared = {
+        size: default_runtime(device="cpu", timeout=60, process_group=group)
+        for size, group in groups.items()
+        if dist.get_rank() < size
+    }
+    alone = {1: Runtime(torch.device("cpu"))} if dist.get_rank() == 0 else {}
+    return shared | alone
 
 
 def trained_over_ranks(families: Sequence[str]) -> dict[str, str]:
@@ -88,8 +114,8 @@ def trained_over_ranks(families: Sequence[str]) -> dict[str, str]:
 
 
 def _differing_gradients(family: str) -> str:
-    model = Case([]).model(family)
-    stage = _stage_of(model, [[0, 1], [2, 3]])
+    model = drawn_model(family_config(family, tie_word_embeddings=False))
+    stage = _stage_of(model, [[0, 1], [2, 3]], default_runtime(device="cpu", timeout=60))
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.masked_fill(MASK == 0, -100)}
     loss = stage.train_step(batch, micro_batches=1 if family in ROUNDING else [2, 1])
     with torch.enable_grad():
@@ -107,30 +133,29 @@ def _differing_gradients(family: str) -> str:
     return ", ".join(differ)
 
 
-def _differing(family: str, case: Case) -> str:
-    model = case.model(family)
-    stage = _stage_of(model, case.owned)
+def _differing(family: str, model: PreTrainedModel, case: Case, runtime: Runtime) -> str:
+    stage = _stage_of(model, case.owned, runtime)
     rows = [len(IDS)] if family in BATCHED else case.rows
     output = stage(IDS, attention_mask=MASK, micro_batches=rows)
     options: dict[str, Any] = {"attention_mask": MASK, "max_new_tokens": NEW_TOKENS, "do_sample": False}
     options |= {"eos_token_id": None, "pad_token_id": 0}
     tokens = stage.generate(IDS, micro_batches=rows, **options)
-    differs = []
-    if output is not None:
-        logits = _logits(model, rows)
-        if not torch.equal(output.logits, logits):
-            differs.append(f"logits by {(output.logits - logits).abs().max() / logits.abs().max():.1g}")
-    if not torch.equal(tokens, model.generate(IDS, **options)):
-        differs.append("tokens")
+    told = runtime.control.gather(tokens.tolist(), "comparing tokens")
+    if output is None:  # one process beside them is enough: that of the rank with the head
+        return ""
+    logits, expected = _logits(model, rows), model.generate(IDS, **options).tolist()
+    differs = [f"tokens of rank {rank}" for rank, tokens in enumerate(told) if tokens != expected]
+    if not torch.equal(output.logits, logits):
+        differs.append(f"logits by {(output.logits - logits).abs().max() / logits.abs().max():.1g}")
     return ", ".join(differs)
 
 
-def _stage_of(model: PreTrainedModel, owned: Sequence[Sequence[int]]) -> PipelineStage:
-    descriptor, rank = ModelDescriptor.of("auto", model.config), dist.get_rank()
+def _stage_of(model: PreTrainedModel, owned: Sequence[Sequence[int]], runtime: Runtime) -> PipelineStage:
+    descriptor, rank = ModelDescriptor.of("auto", model.config), runtime.global_rank
     last = max(number for number, run in enumerate(owned) if run)
     more = range(4, num_blocks(model, descriptor)) if rank == last else ()
     shard = create_local_shard_(copy.deepcopy(model), [*owned[rank], *more], descriptor)
-    return PipelineStage(shard, default_runtime(device="cpu", timeout=60))
+    return PipelineStage(shard, runtime)
 
 
 def _logits(model: PreTrainedModel, rows: Sequence[int]) -> torch.Tensor:
