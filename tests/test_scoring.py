@@ -200,6 +200,8 @@ def test_what_cannot_be_measured_is_refused_by_name() -> None:
     stage = PipelineStage(family_model("qwen3_moe"))
     with pytest.raises(ConfigError, match="block 0 has no down projection of a dense FFN, so its channel"):
         stage.score(data(1), activations=True)
+    with pytest.raises(ConfigError, match="give labels as a model takes them, not shift_labels"):
+        stage.score([{"input_ids": data(1)[0]["input_ids"], "shift_labels": data(1)[0]["input_ids"]}])
 
 
 # Going on -------------------------------------------------------------------------------------------------

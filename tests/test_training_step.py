@@ -117,6 +117,15 @@ def test_a_loss_may_read_more_than_labels(gloo: Gloo, folder: Path) -> None:
     assert_equal_steps(gloo.run_ok(step_of_stage, case, world_size=2), step_of_whole(case))
 
 
+@pytest.mark.parametrize("told", [{}, {"num_items_in_batch": torch.tensor(17)}])
+def test_labels_that_are_shifted_already_count_as_in_one_process(
+    gloo: Gloo, folder: Path, told: dict[str, Any]
+) -> None:
+    shifted = {**batch(), "shift_labels": batch(seed=7)["labels"], **told}
+    case = Case(tiny_checkpoint(folder), [shifted], micro_batches=[1, 5])
+    assert_equal_steps(gloo.run_ok(step_of_stage, case, world_size=2), step_of_whole(case))
+
+
 # What cannot be -------------------------------------------------------------------------------------------
 
 
@@ -142,6 +151,7 @@ def test_copies_that_differ_are_refused(gloo: Gloo, folder: Path) -> None:
     [
         ({"labels": None}, "a training step needs labels in its batch, or a loss_fn"),
         ({"labels": torch.full((6, 10), -100)}, "no token of the batch counts: all labels are -100"),
+        ({"output_hidden_states": True}, "output_hidden_states would be that of one rank's blocks only"),
         ({"input_ids": None}, "input_ids must be a tensor of token ids, (batch, tokens), not NoneType"),
     ],
 )

@@ -228,7 +228,13 @@ def _seeing(seen: dict[int, Tensor], index: int) -> Callable[..., None]:
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
-    """Return the labels of a batch; by default its tokens, but for padding."""
+    """Return the labels of a batch; by default its tokens, but for padding.
+
+    Raises:
+        ConfigError: They are shifted already.
+    """
+    if batch.get("shift_labels") is not None:
+        raise ConfigError("score shifts labels itself: give labels as a model takes them, not shift_labels")
     if batch.get("labels") is not None:
         labels: Tensor = batch["labels"]
         return labels

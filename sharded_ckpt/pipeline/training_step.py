@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.utils import TransformersKwargs
 
 from patchers.errors import ConfigError
 from patchers.names import fold
@@ -90,7 +91,10 @@ def separated(shard: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any
             f"{family} attends otherwise where its forward is given labels, and a stage keeps them for the "
             "loss alone: train and score it in one process"
         )
-    taken = set(inspect.signature(shard.forward).parameters) - {"labels"}
+    parameters = inspect.signature(shard.forward).parameters
+    taken = set(parameters) - {"labels"}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        taken |= set(TransformersKwargs.__annotations__) - {"num_items_in_batch"}  # what they are for
     inputs = {name: value for name, value in batch.items() if name in taken}
     return inputs, {name: value for name, value in batch.items() if name not in taken}
 
@@ -111,8 +115,12 @@ class _Loss:
             )
         if given is None and others.get("labels") is None:
             raise ConfigError("a training step needs labels in its batch, or a loss_fn")
-        if count is None and others.get("labels") is not None:
-            self._count = int((others["labels"][..., 1:] != _IGNORED).sum())
+        if count is None:
+            self._count = others.get("num_items_in_batch")
+        if self._count is None and others.get("labels") is not None:
+            shifted = others.get("shift_labels")
+            counting = others["labels"][..., 1:] if shifted is None else shifted
+            self._count = int((counting != _IGNORED).sum())
             if self._count == 0:
                 raise ConfigError(f"no token of the batch counts: all labels are {_IGNORED}")
 
@@ -126,9 +134,14 @@ class _Loss:
             loss = self._given(output, others, self._count)
         else:
             config = self._stage.shard.config.get_text_config()
-            labels = others["labels"].to(output.logits.device)
+            given = {
+                name: others[name] for name in ("labels", "shift_labels") if others.get(name) is not None
+            }
             loss = self._stage.shard.loss_function(
-                output.logits, labels, config.vocab_size, num_items_in_batch=self._count
+                output.logits,
+                vocab_size=config.vocab_size,
+                num_items_in_batch=self._count,
+                **{name: labels.to(output.logits.device) for name, labels in given.items()},
             )
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise ConfigError(f"loss_fn must return a tensor with one element, not {loss!r:.200}")
