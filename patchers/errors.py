@@ -60,7 +60,10 @@ class CollectiveError(ShardedCkptError, RuntimeError):
 
     Attributes:
         failures: What each failed rank said, by rank.
+        agreed: Whether the ranks have heard of it from each other already.
     """
+
+    agreed = False
 
     def __init__(self, message: str, failures: dict[int, str] | None = None) -> None:
         super().__init__(message)

@@ -84,6 +84,55 @@ def test_a_lost_rank_is_named_in_time(gloo: Gloo, checkpoint: Path, what: str, s
         assert seconds <= TIMEOUT + 2
 
 
+def work_with(checkpoint: Path, work: str, who: int) -> tuple[str, float]:
+    """Let a rank fail at other work than forward passes; tell its error, and how long it took."""
+    stage, began = stage_of(checkpoint, timeout=TIMEOUT, materialize=True), time.monotonic()
+    if dist.get_rank() == who:
+        block = stage.shard.model.layers[stage.body.blocks[-1]]
+        hook = block.mlp.register_full_backward_hook if work == "training" else block.register_forward_hook
+        hook(_no_room)
+    try:
+        if work == "training":
+            stage.train_step({"input_ids": IDS, "labels": IDS}, micro_batches=2)
+        elif work == "scoring":
+            stage.score([{"input_ids": IDS}] * 2)
+        else:
+            odd = IDS.flip(0) if dist.get_rank() == who else IDS
+            stage.generate(odd, max_new_tokens=2, pad_token_id=0, micro_batches="auto")
+    except CollectiveError as error:
+        seconds = time.monotonic() - began
+        assert (
+            stage_of(checkpoint, timeout=TIMEOUT).generate(IDS, max_new_tokens=1, pad_token_id=0).shape[1]
+            == 5
+        )
+        return str(error), seconds
+    raise AssertionError(f"rank {dist.get_rank()} did not notice")
+
+
+def _no_room(*_: Any) -> None:
+    raise MemoryError("no room")
+
+
+@pytest.mark.parametrize(
+    ("work", "who", "said"),
+    [
+        # the ranks before the last one wait for gradients, each of the one after it
+        ("training", 2, "a training step failed on rank 2 of 3: MemoryError: no room"),
+        # the first rank has done its part by then, and is already putting the scores together
+        ("scoring", 1, "scoring failed on rank 1 of 3: MemoryError: no room"),
+        # only the rank that was given something else knows; the first one is already measuring
+        ("measuring", 1, "rank 1 was given other inputs than rank 0: input_ids differ"),
+        ("measuring", 2, "rank 2 was given other inputs than rank 1: input_ids differ"),
+    ],
+)
+def test_the_cause_is_told_at_once_wherever_the_other_ranks_are(
+    gloo: Gloo, checkpoint: Path, work: str, who: int, said: str
+) -> None:
+    for text, seconds in gloo.run_ok(work_with, checkpoint, work, who, world_size=3):
+        assert said in text
+        assert seconds < TIMEOUT / 2
+
+
 def run_alone(checkpoint: Path) -> None:
     stage = stage_of(checkpoint, timeout=TIMEOUT)
     if dist.get_rank() == 0:

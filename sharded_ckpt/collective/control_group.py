@@ -134,6 +134,7 @@ class ControlGroup:
             return verdict.entries
         if verdict.breaks_connections:
             self._links.broken = self._links.broken or str(failure)
+        failure.agreed = True
         raise failure from error
 
     def connect(self) -> None:

@@ -67,9 +67,10 @@ def judge(verdict: Verdict) -> CollectiveError | None:
         CollectiveError('reading x failed on rank 1 of 2: OSError: disk gone; rank 0 was well')
     """
     said = {rank: said for rank, said in enumerate(verdict.entries) if said is not None}
-    if confusion := _out_of_step(said):
-        return CollectiveError(confusion, {rank: f"at {said[rank]['doing']!r}" for rank in said})
     errors = {rank: told["error"] for rank, told in said.items() if told["error"]}
+    has_cause = any(error["kind"] != "cut" for error in errors.values())  # why a rank left the common way
+    if not has_cause and (confusion := _out_of_step(said)):
+        return CollectiveError(confusion, {rank: f"at {said[rank]['doing']!r}" for rank in said})
     if not errors and not verdict.absent:
         return None
     if not verdict.absent and _all_the_same_shared(errors.values()):
@@ -80,7 +81,8 @@ def judge(verdict: Verdict) -> CollectiveError | None:
     if not causes:
         causes, cut = cut, {}
     well = [rank for rank in said if rank not in errors]
-    text = _text(said[min(said)]["doing"], causes, cut, well, len(verdict.entries))
+    first = min(set(causes) & set(said), default=min(said))
+    text = _text(said[first]["doing"], causes, cut, well, len(verdict.entries))
     return CollectiveError(text, dict(sorted(causes.items())))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from patchers.errors import CollectiveError
 from sharded_ckpt.collective.agreement import silence_of
 from sharded_ckpt.collective.control_group import ControlGroup, control_group
 
@@ -50,6 +51,8 @@ def failing_together(runtime: Runtime, links: Links | None, doing: str) -> Itera
         except Exception as error:
             waited = getattr(error, "waited", 0.0)
             links.abort(f"{type(error).__name__}: {error}")
+            if isinstance(error, CollectiveError) and error.agreed:
+                raise  # of a vote inside, in which ranks that failed elsewhere took part, too
             patience = max(runtime.timeout - waited, silence_of(runtime.timeout) / 4)
             if terminating:
                 patience = min(patience, _LAUNCHER_PATIENCE)

@@ -103,11 +103,13 @@ class Wire:
         """Break all connections, so that no rank waits for this one any more."""
         self._under_way.clear()
         self._group.abort()
-        peer = (self._group.rank() + 1) % self._group.size()
-        with suppress(RuntimeError):  # gloo knows no abort, but a wait in vain closes a group's connections
-            work = dist.irecv(torch.empty(1), group=self._group, group_src=peer, tag=_NEVER_SENT)
-            if work is not None:
-                work.wait(_AT_ONCE)
+        for peer in set(range(self._group.size())) - {self._group.rank()}:
+            # gloo knows no abort, but a wait in vain closes all connections of a group; with a peer that is
+            # gone already there is none, so the others would not hear of it
+            with suppress(RuntimeError):
+                work = dist.irecv(torch.empty(1), group=self._group, group_src=peer, tag=_NEVER_SENT)
+                if work is not None:
+                    work.wait(_AT_ONCE)
 
     def _settle(self, left: int) -> None:
         while len(self._under_way) > left:
