@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 from support.families import family_model
+from support.gloo import Gloo
+from support.pipelines import stage_of
 from support.stages import run_stages
 from support.tiny import heterogeneous_checkpoint, tiny_checkpoint
 from transformers import PreTrainedModel
 
-from patchers.errors import CheckpointError, ConfigError, OwnershipError
+from patchers.errors import CheckpointError, CollectiveError, ConfigError, OwnershipError
 from sharded_ckpt import PipelineStage, load_and_shard_model, save_sharded_model
 from sharded_ckpt.offload import dispatch_shard
 
 IDS = torch.randint(4, 128, (2, 9), generator=torch.Generator().manual_seed(1))
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,29 @@ def test_shards_with_stubs_are_exact_as_stages(folder: Path) -> None:
         assert set(shard.hf_device_map.values()) == {"cpu", "disk"}
         assert 0 < sum(p.nbytes for p in shard.parameters() if not p.is_meta) <= held // 2
     assert torch.equal(run_stages(shards, input_ids=IDS), logits_of(load_and_shard_model("auto", checkpoint)))
+
+
+def test_stages_on_disk_do_over_ranks_what_they_do_in_memory(gloo: Gloo, folder: Path) -> None:
+    checkpoint = heterogeneous_checkpoint(folder, tied=True)
+    whole = load_and_shard_model("auto", checkpoint, dtype=torch.float32)
+    tokens = whole.generate(IDS, **GREEDY)
+    loss = PipelineStage(whole).score([{"input_ids": IDS}]).loss
+    for made, scored, refused in gloo.run_ok(work_of_stage_on_disk, checkpoint):
+        assert all(torch.equal(one, tokens) for one in made)
+        assert scored == pytest.approx(loss, rel=1e-5)
+        assert "lm_head.weight, model.layers.{3-4,6}" in refused
+        assert "is offloaded, so it cannot be trained" in refused
+
+
+def work_of_stage_on_disk(checkpoint: Path) -> tuple[list[torch.Tensor], float, str]:
+    shard = stage_of(checkpoint).shard
+    stage = PipelineStage(dispatch_shard(shard, max_memory={"cpu": 1}))
+    ways: list[dict[str, Any]] = [{"prefill_chunk_size": 4}, {"micro_batches": 2}, {"micro_batches": "auto"}]
+    made = [stage.generate(IDS, **GREEDY, **way) for way in ways]
+    loss = stage.score([{"input_ids": IDS}]).loss
+    with pytest.raises(CollectiveError) as refused:
+        stage.train_step({"input_ids": IDS, "labels": IDS})
+    return made, loss, str(refused.value)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3_moe", "falcon_h1"])

@@ -150,11 +150,14 @@ def _passing_on(head: nn.Module) -> Iterator[None]:
     def pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states
 
+    before = vars(head).get("forward")  # accelerate's, where the head is brought from elsewhere
     vars(head)["forward"] = pass_on
     try:
         yield
     finally:
         del vars(head)["forward"]
+        if before is not None:
+            vars(head)["forward"] = before
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -75,7 +75,8 @@ def rows_of_step(
     """
     if micro_batches != "auto":
         return sizes_of(micro_batches, batch)
-    known_as, clock = ("step", batch, _rounded(length)), partial(_step, stage.body, length=_rounded(length))
+    known_as = "step", batch, _rounded(length)
+    clock = partial(_step, stage.body, length=_rounded(length), device=stage.runtime.device)
     return _measured(stage, known_as, batch, clock, step_seconds, _MOST_OF_STEP)
 
 
@@ -113,9 +114,8 @@ def _rounded(tokens: int) -> int:
     return 1 << (tokens - 1).bit_length()
 
 
-def _step(body: StageBody, rows: int, length: int) -> float:
+def _step(body: StageBody, rows: int, length: int, device: torch.device) -> float:
     """Return the seconds of one step of decoding: the fastest of some, after one that warms up."""
-    device = next(body.shard.parameters()).device
     inputs: dict[str, Any] = {"input_ids": torch.zeros(rows, 1, dtype=torch.int64, device=device)}
     if "logits_to_keep" in inspect.signature(body.shard.forward).parameters:
         inputs["logits_to_keep"] = 1

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from patchers.errors import ConfigError
+from patchers.names import fold
+from sharded_ckpt.checkpoint.coordinator import together
 from sharded_ckpt.model import build_skeleton
 
 if TYPE_CHECKING:
@@ -41,9 +43,12 @@ def shared_parameters(stage: ConnectedStage) -> tuple[SharedParameter, ...]:
 
     Raises:
         ConfigError: Copies differ: then they are not one parameter, and training them as one would be wrong.
+        CollectiveError: A rank's are offloaded.
     """
     if stage.links is None:
         return ()
+    with together(stage.runtime.control, "finding the shared parameters"):
+        require_here(stage.shard)
     ties = build_skeleton(stage.descriptor, stage.shard.config).all_tied_weights_keys
     untied = set(getattr(getattr(stage.shard, "load_report", None), "untied", ()))
     local = {
@@ -60,6 +65,19 @@ def shared_parameters(stage: ConnectedStage) -> tuple[SharedParameter, ...]:
     )
     _require_equal(shared, stage.runtime.control.gather(_digests(shared), "comparing the shared parameters"))
     return shared
+
+
+def require_here(shard: nn.Module) -> None:
+    """Refuse a shard of which a part is in host memory or on disk, behind accelerate's hooks.
+
+    Raises:
+        ConfigError: It names the part.
+    """
+    elsewhere = [name for name, parameter in shard.named_parameters() if parameter.is_meta]
+    if elsewhere:
+        raise ConfigError(
+            f"{fold(elsewhere)} is offloaded, so it cannot be trained: load the shard whole, or on more ranks"
+        )
 
 
 def sum_gradients(shared: Sequence[SharedParameter], rank: int, links: Links) -> None:

@@ -14,10 +14,9 @@ from torch import nn
 from transformers.utils import TransformersKwargs
 
 from patchers.errors import ConfigError
-from patchers.names import fold
 from sharded_ckpt.pipeline.inputs import cut, sizes_of
 from sharded_ckpt.pipeline.one_f_one_b import one_forward_one_backward
-from sharded_ckpt.pipeline.shared_parameters import SharedParameter, sum_gradients
+from sharded_ckpt.pipeline.shared_parameters import SharedParameter, require_here, sum_gradients
 
 if TYPE_CHECKING:
     from sharded_ckpt.pipeline.connected_stage import ConnectedStage
@@ -41,7 +40,7 @@ def train_step(
     """Run forward and backward over all stages. See `PipelineStage.train_step`."""
     with stage.collectively("a training step"), torch.enable_grad():
         shared = stage.shared_parameters  # the ranks meet for it, so before any of them can fail alone
-        _require_here(stage.shard)
+        require_here(stage.shard)
         inputs, others = separated(stage.shard, batch)
         here = stage.admit({**inputs, "use_cache": False}, extra=micro_batches)
         sizes = sizes_of(micro_batches, here["input_ids"].shape[0])
@@ -69,14 +68,6 @@ def clip_grad_norm_(stage: ConnectedStage, max_norm: float, norm_type: float = 2
     total = torch.linalg.vector_norm(torch.tensor(norms, dtype=torch.float64), norm_type)
     nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
     return total
-
-
-def _require_here(shard: nn.Module) -> None:
-    elsewhere = [name for name, parameter in shard.named_parameters() if parameter.is_meta]
-    if elsewhere:
-        raise ConfigError(
-            f"{fold(elsewhere)} is offloaded, so it cannot be trained: load the shard whole, or on more ranks"
-        )
 
 
 def separated(shard: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
