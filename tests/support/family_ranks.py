@@ -26,12 +26,9 @@ NEW_TOKENS = 3
 BATCHED = {"paligemma"}  # its own model gives rows other tokens where no row of the batch is padded
 WITHOUT_ATTENTION = (0, 3)  # the first blocks of some stages, in models of all kinds
 UNTIED = {"dbrx"}  # its config refuses to be tied
-ROUNDING = {
-    "dbrx",
-    "granitemoehybrid",
-    "minimax",
-    "zamba2",
-}  # smaller batches round otherwise
+ROUNDING = {"dbrx", "granitemoehybrid", "minimax", "zamba2"}
+"""Families whose gradients smaller batches round otherwise, by up to 3e-4: no more than those of the whole batch
+are from what float64 gives; in float64 both agree."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +111,15 @@ def trained_over_ranks(families: Sequence[str]) -> dict[str, str]:
 
 
 def _differing_gradients(family: str) -> str:
-    model = drawn_model(family_config(family, tie_word_embeddings=False))
+    precise = family in ROUNDING
+    model = drawn_model(
+        family_config(family, tie_word_embeddings=False), dtype=torch.float64 if precise else torch.float32
+    )
+    if precise and family != "zamba2":
+        model.set_experts_implementation("eager")  # the others know no float64
     stage = _stage_of(model, [[0, 1], [2, 3]], default_runtime(device="cpu", timeout=60))
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.masked_fill(MASK == 0, -100)}
-    loss = stage.train_step(batch, micro_batches=1 if family in ROUNDING else [2, 1])
+    loss = stage.train_step(batch, micro_batches=[2, 1])
     with torch.enable_grad():
         expected = model(**batch, use_cache=False).loss
     expected.backward()
