@@ -27,22 +27,7 @@ from sharded_ckpt.runtime import as_runtime
 class ConnectedStage:
     """This rank's blocks, and its connections to the other ranks. Making one is collective.
 
-    Args:
-        model_shard: As `load_and_shard_model` returns it.
-        runtime: The ranks; None for those of torch.distributed.
-        descriptor: A `ModelDescriptor`, the name of a family, or `"auto"`.
-
-    Attributes:
-        shard: The model.
-        descriptor: Where its family keeps its parts.
-        body: Runs this rank's blocks on hidden states, without communication.
-        lineup: Which rank runs which blocks.
-        links: The connections to the other ranks; None for a single stage.
-        runtime: The ranks.
-
-    Raises:
-        OwnershipError: The blocks are not in contiguous runs in the order of the ranks.
-        FamilyError: A block reads what a block of another rank has computed, besides the hidden states.
+    Its arguments, attributes and errors are those of `PipelineStage`, which adds what is done with them.
     """
 
     def __init__(

@@ -27,8 +27,8 @@ BATCHED = {"paligemma"}  # its own model gives rows other tokens where no row of
 WITHOUT_ATTENTION = (0, 3)  # the first blocks of some stages, in models of all kinds
 UNTIED = {"dbrx"}  # its config refuses to be tied
 ROUNDING = {"dbrx", "granitemoehybrid", "minimax", "zamba2"}
-"""Families whose gradients smaller batches round otherwise, by up to 3e-4: no more than those of the whole batch
-are from what float64 gives; in float64 both agree."""
+"""Families whose gradients smaller batches round otherwise, by up to 3e-4: no more than those of the whole
+batch are from what float64 gives. In float64 both agree."""
 
 
 @dataclass(frozen=True)
