@@ -20,7 +20,14 @@ from support.by_hand import (
     patched_model,
 )
 from support.compare import assert_same_tensors
-from support.families import NOT_CACHED, TEXT_FAMILIES, VISION_FAMILIES, drawn_model, family_config
+from support.families import (
+    NOT_CACHED,
+    TEXT_FAMILIES,
+    VISION_FAMILIES,
+    drawn_model,
+    family_config,
+    why_not_run,
+)
 from support.families_table import CELLS, DOCUMENT, rows_of
 from torch import nn
 
@@ -40,6 +47,8 @@ TABLE = rows_of(DOCUMENT.read_text())
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heterogeneous_blocks_compute_what_a_model_changed_by_hand_computes(family: str) -> None:
     """What the table says yes to is had by a layer of one of these models; what it denies is refused."""
+    if why := why_not_run(family):
+        pytest.skip(why)
     config = family_config(family)
     descriptor = ModelDescriptor.from_config(config)
     answers = layer_capabilities(config, descriptor)
@@ -92,7 +101,8 @@ def test_a_saved_heterogeneous_model_is_read_back_bit_by_bit(family: str, tmp_pa
     save_sharded_checkpoint(model, tmp_path / "saved")
     again = load_and_shard_model("auto", tmp_path / "saved")
     assert_same_tensors(again, model)
-    assert torch.equal(logits_of(again), logits_of(model)), kinds
+    if not why_not_run(family):
+        assert torch.equal(logits_of(again), logits_of(model)), kinds
 
 
 def test_blocks_that_were_exchanged_in_memory_are_not_saved_under_another_description(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
@@ -253,6 +254,14 @@ NOT_CACHED = {
     "paligemma": "a prompt is attended to in both directions",
 }
 """Families whose own native model decodes otherwise with a cache, or in a padded batch, and why."""
+
+_BROKEN = {("llama4", "5.24.0"): "the class with a vision tower asks its language model for image_outputs"}
+
+
+def why_not_run(family: str) -> str | None:
+    """Why a release of transformers cannot run its own model of a family; None if it can."""
+    why = _BROKEN.get((family, transformers.__version__))
+    return why and f"plain transformers {transformers.__version__} cannot run {family}: {why}"
 
 
 def family_config(family: str, **changes: Any) -> PreTrainedConfig:
