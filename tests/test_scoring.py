@@ -49,7 +49,8 @@ def log_probs_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
         logits = model(**batch, use_cache=False).logits
     found = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
-    return found.masked_fill(batch["attention_mask"][:, 1:] == 0, torch.nan)
+    mask = batch["attention_mask"]
+    return found.masked_fill((mask[:, 1:] & mask[:, :-1]) == 0, torch.nan)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_scores_are_those_of_the_whole_model(
     expected = torch.cat([log_probs_of(whole(checkpoint), batch) for batch in data()])
     counted = expected[~expected.isnan()]
     for rank in ranks:
-        assert rank.tokens == counted.numel() == 3 * (3 * 8 + 6)
+        assert rank.tokens == counted.numel() == 3 * (3 * 8 + 5)
         assert rank.loss == pytest.approx(-counted.mean().item(), rel=1e-5)
         assert rank.perplexity == pytest.approx(torch.exp(-counted.mean()).item(), rel=1e-4)
     found = torch.stack(ranks[-1].log_probs or ())
@@ -75,6 +76,15 @@ def test_scores_are_those_of_the_whole_model(
 
 def _scored(checkpoint: Path, dataset: list[Batch], options: dict[str, Any]) -> ScoreResult:
     return scores_of(checkpoint, dataset, **options)
+
+
+def test_padding_on_the_left_changes_no_score(folder: Path) -> None:
+    stage = PipelineStage(whole(tiny_checkpoint(folder)))
+    (batch,) = data(1)
+    short = stage.score([{"input_ids": batch["input_ids"][1:2, 3:]}])
+    padded = stage.score([{name: tensor[1:2] for name, tensor in batch.items()}])
+    assert short.tokens == padded.tokens == 5
+    assert padded.loss == pytest.approx(short.loss, rel=1e-5)
 
 
 def test_labels_say_what_counts(folder: Path) -> None:
@@ -125,7 +135,7 @@ def compared(model: PreTrainedModel, teacher: PreTrainedModel) -> tuple[float, d
                 hook.remove()
             seen.append(outputs)
         difference = (logits[1].exp() * (logits[1] - logits[0])).sum(-1)
-        divergences.append(difference[kept[:, 1:]])
+        divergences.append(difference[kept[:, 1:] & kept[:, :-1]])
         for index, parts in cosines.items():
             parts.append(cosine_similarity(seen[0][index], seen[1][index], dim=-1)[kept])
     return torch.cat(divergences).mean().item(), {i: torch.cat(c).mean().item() for i, c in cosines.items()}

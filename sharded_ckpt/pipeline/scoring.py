@@ -228,7 +228,7 @@ def _seeing(seen: dict[int, Tensor], index: int) -> Callable[..., None]:
 
 
 def _labels(batch: Mapping[str, Any]) -> Tensor:
-    """Return the labels of a batch; by default its tokens, but for padding.
+    """Return the labels of a batch; by default its tokens, but for padding and what is predicted from it.
 
     Raises:
         ConfigError: They are shifted already.
@@ -239,7 +239,11 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
         labels: Tensor = batch["labels"]
         return labels
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    return ids if mask is None else ids.masked_fill(mask == 0, _IGNORED)
+    if mask is None:
+        return ids
+    hidden = mask == 0
+    hidden[:, 1:] |= mask[:, :-1] == 0
+    return ids.masked_fill(hidden, _IGNORED)
 
 
 def _of_blocks(means: Mapping[str, Tensor], kind: str) -> Iterator[tuple[int, Tensor]]:

@@ -187,7 +187,8 @@ class PipelineStage(ConnectedStage):
 
         Args:
             dataset: Batches, the same on every rank: `input_ids` `(batch, tokens)` and what else the forward
-                takes. `labels` say which tokens count; by default all that `attention_mask` does not hide.
+                takes. `labels` say which tokens count; by default all that `attention_mask` does not
+                hide, nor the token before them: padding on the left changes nothing.
             micro_batches: Into how many parts each batch is cut, the rows of each, or "auto".
             teacher: The stage of another model with the same blocks on the same ranks, to compare with:
                 divergence of the next token, and cosines of the hidden states after each block.
