@@ -2,8 +2,9 @@
 
 Both sit in the same two processes, with one thread each, and take turns; every turn begins together. The
 bound is what the hardware gives: the two processes run the whole model side by side, independently, at the
-sizes of the micro-batches. Rounds in which a process waited for a processor for more than a tenth of its
-running time are discarded. Ratios are medians of those within rounds.
+sizes of the micro-batches. Our blocks are shared out by measured times, so that the head counts; transformers
+gives each rank as many. Rounds in which a process waited for a processor for more than a tenth of its running
+time are discarded. Ratios are medians of those within rounds.
 
 "curve" measures a step of one half of the model by its rows, alone and with the other half beside it. "plan"
 runs a heterogeneous model, with the same number of blocks on each rank and as the planner shares them out by
@@ -153,8 +154,21 @@ class Ranks:
 
     @cached_property
     def stage(self) -> PipelineStage:
-        """This library's stage."""
-        return PipelineStage(load_and_shard_model("auto", self.folder, runtime=self.runtime), self.runtime)
+        """This library's stage, with as many blocks as the other one has."""
+        return self.stage_of(plan_ownership([1.0] * CONFIG["num_hidden_layers"], 2))
+
+    def stage_of(self, plan: OwnershipPlan) -> PipelineStage:
+        """Return this library's stage with these blocks."""
+        mine = plan.blocks[self.runtime.global_rank]
+        shard = load_and_shard_model("auto", self.folder, mine, runtime=self.runtime)
+        return PipelineStage(shard, self.runtime)
+
+    def times(self, config: LlamaConfig, **measured: Any) -> tuple[list[float], float]:
+        """Return the seconds of each block and of the head, as both ranks have measured them."""
+        times = measure_block_times(config, device="cpu", **measured)
+        told = self.runtime.control.gather([list(times.blocks), times.head], "comparing measured times")
+        blocks = [statistics.mean(pair) for pair in zip(*(blocks for blocks, _ in told), strict=True)]
+        return blocks, statistics.mean(head for _, head in told)
 
     @cached_property
     def native(self) -> Any:
@@ -177,7 +191,7 @@ class Ranks:
         batch, length = PREFILL
         ids, rows = torch.randint(4, 32000, (batch, length)), [2] * 4
         methods = {
-            "ours": calling(self.stage, ids, micro_batches=rows),
+            "ours": calling(self.stage, ids, micro_batches=rows),  # one token a row goes through the head
             "native": calling(self.native, ids),
             "alone, 2 rows": calling(self.whole, ids[:2]),
         }
@@ -187,17 +201,23 @@ class Ranks:
         """Compare steps of decoding."""
         length = PROMPT[batch]
         ids = torch.randint(4, 32000, (batch, length))
+        step = {"batch": max(1, batch // 2), "length": 1, "past": length + STEPS}
+        blocks, head = self.times(LlamaConfig(**CONFIG), **step)
+        plan = plan_ownership(blocks, 2, last=head)
+        stage = self.stage_of(plan)
         with torch.no_grad():
-            rows = rows_of_step(self.stage, batch, length + STEPS)
+            rows = rows_of_step(stage, batch, length + STEPS)
         methods = {
-            "ours": generating(self.stage.generate, ids, micro_batches=rows),
+            "ours": generating(stage.generate, ids, micro_batches=rows),
             "native": generating(self.native.generate, ids),
         }
         methods |= {f"alone, {r} rows": generating(self.whole.generate, ids[:r]) for r in sorted({*rows})}
         # the prompt and the first step, which are not counted, warm up
-        self.compare(str(batch), rounds(methods, self.count, warm_up=False), batch, rows)
+        self.compare(str(batch), rounds(methods, self.count, warm_up=False), batch, rows, plan.blocks)
 
-    def compare(self, case: str, found: Rounds, tokens: int, rows: Sequence[int]) -> None:
+    def compare(
+        self, case: str, found: Rounds, tokens: int, rows: Sequence[int], blocks: Sequence[Any] = ()
+    ) -> None:
         """Print tokens a second of both, and how far from those of two processes side by side.
 
         A single micro-batch keeps one stage busy at a time, so that bound is none for it.
@@ -211,6 +231,7 @@ class Ranks:
         self.say(
             case=case,
             rows=rows,
+            blocks=[len(run) for run in blocks],
             ours=median(found, lambda s: tokens / s["ours"]),
             native=median(found, lambda s: tokens / s["native"]),
             ratio=median(found, lambda s: s["native"] / s["ours"]),
@@ -247,10 +268,7 @@ class Ranks:
         """Compare the min-max split by time with the even one by count, on blocks that differ."""
         rows, length = STREAM
         config = LlamaConfig(**{**CONFIG, "vocab_size": 2048})
-        times = measure_block_times(config, length=length, block_configs=BLOCKS, device="cpu")
-        told = self.runtime.control.gather([list(times.blocks), times.head], "comparing measured times")
-        blocks = [statistics.mean(pair) for pair in zip(*(blocks for blocks, _ in told), strict=True)]
-        head = statistics.mean(head for _, head in told)
+        blocks, head = self.times(config, length=length, block_configs=BLOCKS)
         even, planned = (plan_ownership(blocks, 2, last=head, split=split) for split in ("even", "min-max"))
         ids = torch.randint(4, 2048, (rows, length))
         found = rounds(

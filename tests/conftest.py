@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -7,6 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 from support.gloo import Gloo
+
+# Threads that share tiny work wait for each other: beside other work, nine times as long as one of them takes
+# alone. It counts for all processes that tests start, too; torch reads it when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
