@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "n_layers_per_attn_res_block": 1,
         "unpadded_vocab_size": 120,
     },
-    "inkling2_text": _WINDOWED,
+    "inkling2_text": {**_WINDOWED, "unpadded_vocab_size": 120},
     "inkling_text": _WINDOWED,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "minicpm3": _LATENT,
