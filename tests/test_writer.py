@@ -116,17 +116,23 @@ def test_many_small_tensors_share_writes(tmp_path: Path) -> None:
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
-def test_two_threads_write_large_files(tmp_path: Path) -> None:
-    threads = set()
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_few_threads_write_large_files(tmp_path: Path, durable: bool) -> None:
+    threads, bypasses = set(), []
 
     class Storage(WatchedStorage):
         def before(self, number: int, operation: str) -> None:
             if operation == "write":
                 threads.add(threading.current_thread().name)
 
+        def bypass_cache(self, fd: int) -> bool:
+            bypasses.append(super().bypass_cache(fd))
+            return bypasses[-1]
+
     tensors = {f"t{i}": torch.randn(3 << 20) for i in range(6)}
-    done = write_tensors(tmp_path / "x.safetensors", tensors, storage=Storage(), digest=True)
-    assert len(threads) == 2
+    storage = Storage(durable=durable)
+    done = write_tensors(tmp_path / "x.safetensors", tensors, storage=storage, digest=True)
+    assert len(threads) == (3 if any(bypasses) else 2)
     assert all(name.startswith("write-tensors") for name in threads)
     read = load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 CHUNK_BYTES: Final = 8 << 20
 """Most bytes of one write call, from where they are."""
 
-DIRECT_BYTES: Final = 4 << 20
+DIRECT_BYTES: Final = 3 << 20
 """Bytes of one write call past the page cache: a multiple of every page size."""
 
 STAGING_BYTES: Final = 4 << 20

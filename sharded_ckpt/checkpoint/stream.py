@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 THREADS: Final = 2
 """One copies while the other one waits for the disk, prepares or hashes: more gain nothing."""
 
+DIRECT_THREADS: Final = 3
+"""Past the page cache, the disk shall have a second write waiting while the third one is copied."""
+
 
 class ByteStream:
     """Writes a header and tensors, one after the other, to a file.
@@ -64,9 +67,10 @@ class ByteStream:
         if not is_large:
             self._work()
             return
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="write-tensors") as pool:
+        threads = DIRECT_THREADS if is_direct else THREADS
+        with ThreadPoolExecutor(threads, thread_name_prefix="write-tensors") as pool:
             try:
-                for done in [pool.submit(self._work) for _ in range(THREADS)]:
+                for done in [pool.submit(self._work) for _ in range(threads)]:
                     done.result()
             finally:
                 self._stop.set()

@@ -1,7 +1,7 @@
 """Tensors straight from memory into safetensors files.
 
-The bytes of a file stream from where the tensors are, in chunks from two threads. A large file that must be
-on the disk at the end goes there past the page cache, through two buffers of a chunk each; any other from
+The bytes of a file stream from where the tensors are, in chunks from a few threads. A large file that must be
+on the disk at the end goes there past the page cache, through three buffers of a chunk each; any other from
 where the tensors are, and only what is not contiguous in host memory through a small staging buffer, piece by
 piece. Nothing is serialised in memory.
 
