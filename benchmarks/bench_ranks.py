@@ -102,8 +102,9 @@ def main() -> None:
         files = sorted(folder.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files) / MB
         print(f"{size:.0f} MB in {len(files)} files, {options.ranks} ranks, {options.rounds} rounds\n")
-        for title, prepare in (("warm", warm), ("cold", evict)):
-            print(compare(title, folder, options, lambda prepare=prepare: prepare(files)), flush=True)
+        warm(files)
+        print(compare("warm", folder, options, lambda: None), flush=True)
+        print(compare("cold", folder, options, lambda: evict(files)), flush=True)
 
 
 def compare(title: str, folder: Path, options: argparse.Namespace, prepare: Callable[[], None]) -> str:

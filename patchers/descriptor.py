@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from patchers.activation import unpatched
 from patchers.errors import ConfigError, FamilyError
@@ -143,6 +143,24 @@ class ModelDescriptor:
         return _derive(config, model_class_of(config))
 
     @classmethod
+    def from_skeleton(cls, model: PreTrainedModel) -> ModelDescriptor:
+        """Describe a model of a plain family by itself: no other one is built to look at.
+
+        Args:
+            model: As its own class builds it, whole and on meta.
+
+        Raises:
+            FamilyError: The family is not plain: layers of one model may be other than those of the next.
+        """
+        family = model.config.model_type
+        if family not in PLAIN_FAMILIES:
+            raise FamilyError(f"layers of {family} may differ from model to model; use from_config(config)")
+        warn_if_untested()
+        if family not in _PLAIN:
+            _PLAIN[family] = _describe(model, functools.partial(_plain_model, family))
+        return _PLAIN[family]
+
+    @classmethod
     def of(
         cls, what: ModelDescriptor | PreTrainedConfig | str, config: PreTrainedConfig | None = None
     ) -> ModelDescriptor:
@@ -212,33 +230,50 @@ def register_descriptor(family: str, derive: Callable[[PreTrainedConfig], ModelD
     _OWN[family] = derive
 
 
-@functools.cache
+def plain_class_of(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the native class of a config; None if its family is not plain, or described by hand."""
+    family = config.model_type
+    is_plain = family in PLAIN_FAMILIES and family not in _OWN and type(config) is CONFIG_MAPPING[family]
+    return model_class_of(config) if is_plain else None
+
+
+_PLAIN: dict[str, ModelDescriptor] = {}
+"""The descriptors of plain families; sizes change nothing about them."""
+
+
 def _derive_plain(family: str) -> ModelDescriptor:
-    # one layer speaks for all, and sizes change nothing: this keeps large models cheap to describe
-    config = AutoConfig.for_model(family, num_hidden_layers=1)
-    return _derive(config, model_class_of(config))
+    return _PLAIN.get(family) or ModelDescriptor.from_skeleton(_plain_model(family))
+
+
+def _plain_model(family: str) -> PreTrainedModel:
+    config = AutoConfig.for_model(family, num_hidden_layers=1)  # one layer speaks for all
+    return model_on_meta(model_class_of(config), config)
 
 
 def _derive(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> ModelDescriptor:
-    """Find the names; how the layers work is found out when somebody asks for it."""
     model = model_on_meta(model_class, config)
+    return _describe(model, functools.partial(model_on_meta, model_class, copy.deepcopy(config)))
+
+
+def _describe(model: PreTrainedModel, build: Callable[[], PreTrainedModel]) -> ModelDescriptor:
+    """Find the names; how the layers work is found out when somebody asks for it."""
     layers, members = find_layers(model)
     head = model.get_output_embeddings()
     return ModelDescriptor(
-        family=config.model_type,
-        model_class=model_class,
+        family=model.config.model_type,
+        model_class=type(model),
         layers=layers,
         embedding=name_in(model, model.get_input_embeddings()),
         final_norm=final_norm_of(model, layers),
         head=None if head is None else name_in(model, head),
         layer_classes=tuple(dict.fromkeys(type(member) for member in members)),
-        probe=functools.partial(_probe, model_class, copy.deepcopy(config)),
+        probe=functools.partial(_probe, build),
     )
 
 
-def _probe(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[LayerKind, ...]:
+def _probe(build: Callable[[], PreTrainedModel]) -> tuple[LayerKind, ...]:
     with unpatched(), torch.device("cpu"):  # it may be in the middle of a build on meta that somebody asks
-        model = model_on_meta(model_class, config)
+        model = build()
         return tuple(probe_layers(model, find_layers(model)[1]))
 
 

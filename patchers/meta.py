@@ -16,6 +16,7 @@ def build_on_meta(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     dtype: torch.dtype | str | None,
+    attn_implementation: str | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """Build a model on the meta device, in eval mode; the config that is passed in is not changed.
@@ -24,8 +25,11 @@ def build_on_meta(
         model_class: The native class.
         config: Of the whole model.
         dtype: Of its parameters.
-        **options: Those of transformers' `_from_config`, such as `attn_implementation`.
+        attn_implementation: As in `from_pretrained`.
+        **options: Others of transformers' `_from_config`.
     """
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     with without_storage():
         return model_class._from_config(copy.deepcopy(config), dtype=dtype, **options).eval()
 

@@ -151,11 +151,8 @@ def build_skeleton(
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """Build the whole heterogeneous model on the meta device, in eval mode; the config is not changed."""
-    options: dict[str, Any] = (
-        {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    )
     with as_described(descriptor, config, block_configs):
-        return build_on_meta(descriptor.model_class, config, dtype or config.dtype, **options)
+        return build_on_meta(descriptor.model_class, config, dtype or config.dtype, attn_implementation)
 
 
 def _initialise(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:

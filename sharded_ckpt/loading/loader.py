@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from patchers.descriptor import ModelDescriptor
 from patchers.errors import CheckpointError, ConfigError
 from patchers.families import PLAIN_FAMILIES
 from patchers.substitutes import Unowned
@@ -45,7 +44,8 @@ from sharded_ckpt.loading.plan import (
 )
 from sharded_ckpt.loading.quantised import take_coding
 from sharded_ckpt.loading.report import LoadReport
-from sharded_ckpt.model import build_skeleton, create_local_shard_, num_blocks
+from sharded_ckpt.loading.skeleton import Skeleton
+from sharded_ckpt.model import num_blocks
 from sharded_ckpt.ownership.plan import check_disjoint_cover, check_ownership
 from sharded_ckpt.ownership.planning import plan_ownership
 from sharded_ckpt.ownership.skeleton import model_bytes
@@ -74,17 +74,11 @@ class ShardLoader:
         self.parts = (
             {key: (key,) for key in self.index} if self.coding is None else self.coding.parts(self.index)
         )
-        self.descriptor = ModelDescriptor.of(self.options.descriptor, self.config)
-        self.route = self._route()
         self.dtype = self._dtype()
         self.device = usable_device(self.options.device or self.runtime.device)
-        self.shard = build_skeleton(
-            self.descriptor,
-            self.config,
-            self.dtype,
-            self.options.block_configs,
-            self.options.attn_implementation,
-        )
+        skeleton = Skeleton.of(self.options, self.config, self.dtype)
+        self.descriptor, self.shard = skeleton.descriptor, skeleton.model
+        self.route = self._route()
         self.whole = self.shard.state_dict(keep_vars=True)
         self.computed = {name for name, _ in self.shard.named_non_persistent_buffers()}
         self.generation_config = read_generation_config(self.shard, self.source)
@@ -92,7 +86,7 @@ class ShardLoader:
         self.num_blocks = num_blocks(self.shard, self.descriptor)
         self.targets = None if self.is_plain else targets_of(self.shard, self.whole, self.parts)
         self.owned = self._owned()
-        create_local_shard_(self.shard, self.owned, self.descriptor)
+        skeleton.cut_to(self.owned)
         self.wanted = self.shard.state_dict(keep_vars=True)
         self.plan = self._plan()
         self.keys = [key for name in dict.fromkeys(self.plan.sources.values()) for key in self.parts[name]]
