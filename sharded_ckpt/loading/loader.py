@@ -68,6 +68,13 @@ class ShardLoader:
 
     def prepare(self) -> None:
         """Build the skeleton, decide what is owned, check that the files can feed it. Reads only headers."""
+        self._describe_source()
+        self._build()
+        self._match()
+        if not self.options.is_read_ahead:
+            self.reader.prefetch(self.keys)
+
+    def _describe_source(self) -> None:
         self.source, self.index = self.reader.source, self.reader.index
         self.config = self._config()
         self.coding = take_coding(self.config)
@@ -75,6 +82,8 @@ class ShardLoader:
             {key: (key,) for key in self.index} if self.coding is None else self.coding.parts(self.index)
         )
         self.dtype = self._dtype()
+
+    def _build(self) -> None:
         self.device = usable_device(self.options.device or self.runtime.device)
         skeleton = Skeleton.of(self.options, self.config, self.dtype)
         self.descriptor, self.shard = skeleton.descriptor, skeleton.model
@@ -88,6 +97,9 @@ class ShardLoader:
         self.owned = self._owned()
         skeleton.cut_to(self.owned)
         self.wanted = self.shard.state_dict(keep_vars=True)
+
+    def _match(self) -> None:
+        """Find the tensors that feed the shard, and check that they fit."""
         self.plan = self._plan()
         self.keys = [key for name in dict.fromkeys(self.plan.sources.values()) for key in self.parts[name]]
         self.entries = self.reader.headers(self.keys)
@@ -96,8 +108,6 @@ class ShardLoader:
             check_shapes(self.plan, self.wanted, self.entries, self.index.weight_map)
         else:
             check_castable(self.plan, self.wanted, self._found_dtypes())
-        if not self.options.is_read_ahead:
-            self.reader.prefetch(self.keys)
 
     def agree(self) -> None:
         """Make sure that ranks which deal the blocks out among themselves deal out the same ones.
