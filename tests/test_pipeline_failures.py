@@ -16,6 +16,7 @@ from support.gloo import Gloo, RankFailure
 from support.pipelines import Owned, stage_of
 from support.tiny import tiny_checkpoint
 from transformers import DynamicCache
+from transformers.generation import BaseStreamer
 
 from patchers.cache_names import CACHE_NAMES
 from patchers.errors import CollectiveError, ConfigError
@@ -113,6 +114,16 @@ def _no_room(*_: Any) -> None:
     raise MemoryError("no room")
 
 
+class Unheard(BaseStreamer):
+    """Fails when all tokens are there."""
+
+    def put(self, value: torch.Tensor) -> None:
+        pass
+
+    def end(self) -> None:
+        raise MemoryError("no room")
+
+
 @pytest.mark.parametrize(
     ("work", "who", "said"),
     [
@@ -130,6 +141,33 @@ def test_the_cause_is_told_at_once_wherever_the_other_ranks_are(
 ) -> None:
     for text, seconds in gloo.run_ok(work_with, checkpoint, work, who, world_size=3):
         assert said in text
+        assert seconds < TIMEOUT / 2
+
+
+def fail_at_the_end(checkpoint: Path, work: str, owned: Owned) -> tuple[str, float]:
+    """Let the first rank fail when the last one has nothing left to do; tell each one's error."""
+    stage, is_first = stage_of(checkpoint, owned, timeout=TIMEOUT, materialize=True), dist.get_rank() == 0
+    if is_first and work == "training":
+        stage.shard.model.layers[0].mlp.register_full_backward_hook(_no_room)
+    began = time.monotonic()
+    try:
+        if work == "training":
+            stage.train_step({"input_ids": IDS, "labels": IDS})
+        else:
+            told = Unheard() if is_first else None
+            stage.generate(IDS, max_new_tokens=2, pad_token_id=0, do_sample=False, streamer=told)
+    except CollectiveError as error:
+        return str(error), time.monotonic() - began
+    raise AssertionError(f"rank {dist.get_rank()} did not notice")
+
+
+@pytest.mark.parametrize("work", ["training", "generating"])
+@pytest.mark.parametrize("owned", [[[0], [1, 2], [3]], [[0, 1], [], [2, 3]]])
+def test_no_rank_goes_on_alone_where_the_first_one_fails_at_the_very_end(
+    gloo: Gloo, checkpoint: Path, work: str, owned: Any
+) -> None:
+    for text, seconds in gloo.run_ok(fail_at_the_end, checkpoint, work, owned, world_size=3):
+        assert "failed on rank 0 of 3: MemoryError: no room" in text
         assert seconds < TIMEOUT / 2
 
 

@@ -74,15 +74,13 @@ class Links:
     def conclude(self) -> None:
         """Return when all ranks have done their work; until then one could still fail."""
         done = torch.zeros(1, dtype=torch.int64)
-        head = self._lineup.head_rank
-        if self._rank != head:
-            self.ask_last(done.shape, done.dtype).wait()
-        else:  # those that own nothing did not take part, and could still be elsewhere
-            for ranks in (self._lineup.idle, self._lineup.ranks[:-1]):
-                for rank in ranks:
-                    self.back.send(done, rank)
+        self.settle()  # before this rank says that nothing of its work can fail any more
+        for _ in ("all ranks have come", "all ranks know it"):  # a rank that comes takes what it is sent
+            if self._rank != self._lineup.head_rank:
+                self.ask_last(done.shape, done.dtype).wait()
+            else:
+                self.tell_all(done)
                 self.back.settle()
-        self.settle()
 
     def tell_all(self, tensor: torch.Tensor) -> None:
         """Send a tensor from the last stage to all other ranks."""
