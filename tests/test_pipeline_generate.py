@@ -150,6 +150,18 @@ def test_what_a_pipeline_does_not_generate_is_refused_by_all_ranks(gloo: Gloo, f
             assert said in text
 
 
+def test_end_tokens_may_be_a_tensor_of_as_many_as_there_are_rows(gloo: Gloo, folder: Path) -> None:
+    checkpoint = heterogeneous_checkpoint(folder)
+    model = load_and_shard_model("auto", checkpoint, dtype=torch.float32)
+    free = model.generate(**GREEDY, max_new_tokens=4, eos_token_id=None)
+    call = GREEDY | {"max_new_tokens": 9, "eos_token_id": free[:, -1].roll(1)}  # each row's end is another's
+    expected = model.generate(**call)
+    assert expected.shape == free.shape  # all rows have ended
+    for cut in (2, 4, [1, 3]):
+        for rank in gloo.run_ok(generated, checkpoint, None, [call | {"micro_batches": cut}]):
+            assert torch.equal(rank[0], expected)
+
+
 class Ends(LogitsProcessor):
     """A processor of one's own: from the third new token on, row by row, only the end token is possible."""
 

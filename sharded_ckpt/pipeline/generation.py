@@ -47,6 +47,7 @@ _REFUSED = {
     "custom_generate": "is a loop of its own",
     "inputs_embeds": "runs on input_ids",
 }
+_OF_ALL_ROWS = frozenset(vars(GenerationConfig()))
 _MORE_THAN_IDS = (
     "output_scores",
     "output_logits",
@@ -125,7 +126,11 @@ def _expanded(
         *(getattr(c, "num_return_sequences", None) for c in configs),
     )
     times = next((number for number in asked if number), 1)
-    tensors = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        name: value
+        for name, value in options.items()
+        if isinstance(value, torch.Tensor) and name not in _OF_ALL_ROWS  # several end tokens are no rows
+    }
     given = {
         name: _repeated(value.to(stage.runtime.device), inputs.shape[0], times)
         for name, value in {"input_ids": inputs, **tensors}.items()
