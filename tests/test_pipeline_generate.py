@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
 )
 from transformers.generation import BaseStreamer
 
@@ -160,6 +162,34 @@ def test_end_tokens_may_be_a_tensor_of_as_many_as_there_are_rows(gloo: Gloo, fol
     for cut in (2, 4, [1, 3]):
         for rank in gloo.run_ok(generated, checkpoint, None, [call | {"micro_batches": cut}]):
             assert torch.equal(rank[0], expected)
+
+
+class UntilCalledOff(StoppingCriteria):
+    """A criterion that another thread may fulfil; counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.called_off, self.asked = threading.Event(), 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.asked += 1
+        return torch.full(input_ids.shape[:1], self.called_off.is_set())
+
+
+def call_off(checkpoint: Path) -> tuple[int, str]:
+    until = UntilCalledOff()
+    options = GREEDY | {"max_new_tokens": 3, "eos_token_id": None, "stopping_criteria": [until]}
+    stage_of(checkpoint).generate(**options)
+    with pytest.raises(CollectiveError) as caught:
+        stage_of(checkpoint).generate(**options, micro_batches=2)
+    return until.asked, str(caught.value)
+
+
+def test_ones_own_criterion_is_asked_itself_where_there_is_one_micro_batch(gloo: Gloo, folder: Path) -> None:
+    ranks = gloo.run_ok(call_off, heterogeneous_checkpoint(folder))
+    assert [asked for asked, _ in ranks] == [0, 3]
+    for _, text in ranks:
+        assert "stopping_criteria cannot be copied, and each micro-batch needs its own (TypeError" in text
+        assert "pass micro_batches=1" in text
 
 
 class Ends(LogitsProcessor):

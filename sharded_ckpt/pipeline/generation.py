@@ -172,12 +172,29 @@ def _prepared(
 
     whole_class: Any = type(stage.shard)  # the instance's own refuses partial shards
     for start, part in zip(accumulate(rows, initial=0), cut(given, rows), strict=False):
-        own = copy.deepcopy({name: options[name] for name in _WITH_STATE if name in options})
+        own = {name: options[name] for name in _WITH_STATE if options.get(name) is not None}
+        if len(rows) > 1:
+            own = {name: _copied(name, value) for name, value in own.items()}
         if options.get("prefix_allowed_tokens_fn") is not None:
             own["prefix_allowed_tokens_fn"] = _counting_from(start, options["prefix_allowed_tokens_fn"])
         arguments = {**options, **own, **part, "streamer": None, "custom_generate": prepared}
         whole_class.generate(stage.shard, arguments.pop("input_ids"), **arguments)
     return parts
+
+
+def _copied(name: str, value: Any) -> Any:
+    """Return processors or criteria with a state of their own.
+
+    Raises:
+        ConfigError: They hold a lock, an event or the like.
+    """
+    try:
+        return copy.deepcopy(value)
+    except Exception as error:
+        raise ConfigError(
+            f"{name} cannot be copied, and each micro-batch needs its own ({type(error).__name__}: {error}); "
+            "pass micro_batches=1"
+        ) from error
 
 
 def _counting_from(start: int, allowed: Callable[[int, Any], list[int]]) -> Callable[[int, Any], list[int]]:
