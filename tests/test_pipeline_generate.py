@@ -118,6 +118,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"use_cache": False, "prefill_chunk_size": 2}, "only with a cache"),
     ({"max_new_token": 3}, "max_new_token"),
+    ({"token_healing": True}, "a pipeline heals no tokens"),
     ({"cache_implementation": "paged"}, "a pipeline has no paged cache"),
     ({"guidance_scale": 1.5}, "guidance_scale cannot be given to a pipeline's generate: it runs the whole"),
     ({"num_return_sequences": 2, "do_sample": False}, "greedily, num_return_sequences would all be the same"),

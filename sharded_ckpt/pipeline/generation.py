@@ -90,6 +90,8 @@ def _generate(
         raise ConfigError(
             "a pipeline has no paged cache; leave out cache_implementation, or pass another one"
         )
+    if options.get("token_healing") or getattr(options.get("generation_config"), "token_healing", None):
+        raise ConfigError("a pipeline heals no tokens (token_healing): heal the prompts in one process first")
     prompts, options = _prompts(inputs, options)
     given, options = _expanded(stage, prompts, options)
     generator = None if seed is None else torch.Generator(stage.runtime.device).manual_seed(seed)
