@@ -48,8 +48,18 @@ def count_tokens(layer_idx: int, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
         if not _counts(cache, layer_idx):
             continue
-        placeholder = hidden_states_of(args, kwargs).new_zeros(batch, 1, tokens, 1)
-        cache.update(placeholder, placeholder, layer_idx)
+        keys, values = (
+            hidden_states_of(args, kwargs).new_zeros(batch, heads, tokens, size)
+            for heads, size in _forms(cache, layer_idx)
+        )
+        cache.update(keys, values, layer_idx)
+
+
+def _forms(cache: Cache, layer_idx: int) -> list[tuple[int, int]]:
+    """Return heads and size of keys and of values: what a slot has room for, else the least."""
+    slot = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    held = [getattr(slot, name, None) for name in ("keys", "values")]
+    return [(1, 1) if room is None or room.ndim != 4 else (room.shape[1], room.shape[3]) for room in held]
 
 
 def _counts(cache: Cache, layer_idx: int) -> bool:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from support.gloo import Gloo
 from support.pipelines import generated, stage_of
-from support.tiny import heterogeneous_checkpoint
+from support.tiny import heterogeneous_checkpoint, tiny_checkpoint
 from transformers import (
     AutoTokenizer,
     DynamicCache,
@@ -163,6 +163,16 @@ def test_end_tokens_may_be_a_tensor_of_as_many_as_there_are_rows(gloo: Gloo, fol
     for cut in (2, 4, [1, 3]):
         for rank in gloo.run_ok(generated, checkpoint, None, [call | {"micro_batches": cut}]):
             assert torch.equal(rank[0], expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_prompts_are_run_in_chunks_into_a_static_cache(gloo: Gloo, folder: Path, family: str) -> None:
+    window = {"sliding_window": 4} if family == "mistral" else {}
+    checkpoint = tiny_checkpoint(folder, family, **window)
+    call = GREEDY | {"max_new_tokens": 5, "prefill_chunk_size": 3, "cache_implementation": "static"}
+    expected = load_and_shard_model("auto", checkpoint, dtype=torch.float32).generate(**call)
+    for rank in gloo.run_ok(generated, checkpoint, None, [call, call | {"micro_batches": 2}]):
+        assert all(torch.equal(tokens, expected) for tokens in rank)
 
 
 class UntilCalledOff(StoppingCriteria):
