@@ -230,12 +230,25 @@ class UnownedBlock(Unowned):
 
 
 class UnownedEmbedding(Unowned):
-    """The stub of the input embedding: armed, it gives zeros, for a received tensor to replace."""
+    """The stub of the input embedding: armed, it gives zeros, for a received tensor to replace.
+
+    Attributes:
+        dtype: That of the zeros, from which the model derives those of its masks and rotary embeddings.
+    """
+
+    def __init__(self, original: nn.Module, name: str) -> None:
+        super().__init__(original, name)
+        self.dtype: torch.dtype = self.weight.dtype
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> UnownedEmbedding:
+        """Follow the model into another dtype (`model.to`), which passes by what is no parameter of it."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        return self
 
     def pass_on(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return zeros `[batch, tokens, hidden]` in the embedding's dtype, on the ids' device."""
-        weight = self.weight
-        return torch.zeros(*input_ids.shape, weight.shape[1], dtype=weight.dtype, device=input_ids.device)
+        return torch.zeros(*input_ids.shape, self.weight.shape[1], dtype=self.dtype, device=input_ids.device)
 
 
 @contextmanager

@@ -97,6 +97,20 @@ def _decoded_padded(checkpoint: Path, owned: Any) -> list[Any]:
     return decoded(checkpoint, owned, IDS, 4, attention_mask=MASK)
 
 
+def cast(checkpoint: Path) -> torch.Tensor | None:
+    stage = stage_of(checkpoint)
+    stage.shard.to(torch.bfloat16)
+    output = stage(IDS, attention_mask=MASK)
+    return None if output is None else output.logits
+
+
+def test_a_shard_may_be_cast_after_loading_like_any_model(gloo: Gloo, folder: Path) -> None:
+    checkpoint = heterogeneous_checkpoint(folder)
+    with torch.no_grad():
+        expected = whole(checkpoint).to(torch.bfloat16)(IDS, attention_mask=MASK).logits
+    assert torch.equal(gloo.run_ok(cast, checkpoint, world_size=3)[-1], expected)
+
+
 def test_only_hidden_states_and_ids_travel(gloo: Gloo, folder: Path) -> None:
     checkpoint = heterogeneous_checkpoint(folder)
     sent = gloo.run_ok(_sent_by_decoding, checkpoint, world_size=3)
