@@ -97,6 +97,13 @@ def _decoded_padded(checkpoint: Path, owned: Any) -> list[Any]:
     return decoded(checkpoint, owned, IDS, 4, attention_mask=MASK)
 
 
+def test_positions_of_logits_are_not_taken_for_rows(gloo: Gloo, folder: Path) -> None:
+    checkpoint = heterogeneous_checkpoint(folder)
+    call = {"input_ids": IDS, "logits_to_keep": torch.tensor([8, 0, 3, 3])}  # as many as rows
+    logits = gloo.run_ok(logits_of, checkpoint, None, [call | {"micro_batches": 2}])[-1][0]
+    assert torch.allclose(logits, reference(checkpoint, **call), rtol=1e-5, atol=1e-5)
+
+
 def cast(checkpoint: Path) -> torch.Tensor | None:
     stage = stage_of(checkpoint)
     stage.shard.to(torch.bfloat16)

@@ -241,6 +241,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         ({"micro_batches": 2, name: DynamicCache()}, f"{name} cannot be cut into micro-batches")
         for name in CACHE_NAMES
     ),
+    (
+        {"micro_batches": 2, "attention_mask": torch.ones(1, 4)},
+        r"attention_mask \(1, 4\) has 1 rows, but",
+    ),
+    (
+        {"micro_batches": 2, "position_ids": IDS.repeat(2, 1)},
+        r"position_ids \(4, 4\) has 4 rows, but",
+    ),
     ({"micro_batches": 2, "labels": IDS}, "labels cannot be cut into micro-batches: pass micro_batches=1"),
 ]
 

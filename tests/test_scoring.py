@@ -99,6 +99,27 @@ def test_labels_say_what_counts(folder: Path) -> None:
     assert result.loss == pytest.approx(-logits[2, 3].log_softmax(-1)[17].item(), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("given", "options", "text"),
+    [
+        ({"labels": torch.zeros(3, 9)}, {}, r"labels \(3, 9\) must be as large as input_ids \(4, 9\)"),
+        ({"labels": torch.zeros(4, 8)}, {}, r"labels \(4, 8\) must be as large as input_ids \(4, 9\)"),
+        ({"attention_mask": torch.zeros(4, 1, 9, 9)}, {}, r"attention_mask \(4, 1, 9, 9\) must be as large"),
+        (
+            {"attention_mask": torch.zeros(4, 1, 9, 9), "labels": torch.zeros(4, 9)},
+            {"activations": True},
+            r"attention_mask \(4, 1, 9, 9\) must be as large",
+        ),
+    ],
+)
+def test_what_does_not_say_of_each_token_whether_it_counts_is_refused(
+    folder: Path, given: Batch, options: dict[str, Any], text: str
+) -> None:
+    stage = PipelineStage(whole(tiny_checkpoint(folder)))
+    with pytest.raises(ConfigError, match=text):
+        stage.score([{**data(1)[0], **given}], **options)
+
+
 # A teacher ------------------------------------------------------------------------------------------------
 
 

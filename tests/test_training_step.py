@@ -163,6 +163,12 @@ def test_a_step_without_a_loss_is_refused_on_all_ranks(
         assert text in said
 
 
+def test_labels_of_other_rows_are_refused_rather_than_shared(gloo: Gloo, folder: Path) -> None:
+    wrong = {**batch(), "labels": batch()["labels"][:3]}
+    for said in failures(gloo.run(step_on, tiny_checkpoint(folder), wrong, False, 2)):
+        assert "labels (3, 10) has 3 rows, but input_ids have 6; give it a row for each of them" in said
+
+
 def test_a_batch_that_is_wrong_on_one_rank_is_told_by_all(gloo: Gloo, folder: Path) -> None:
     began = time.monotonic()
     for said in failures(gloo.run(step_with_odd_batch, tiny_checkpoint(folder), batch())):

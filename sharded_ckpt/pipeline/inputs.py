@@ -19,6 +19,8 @@ FINGERPRINTED = ("input_ids", "attention_mask", "position_ids", "other arguments
 MicroBatches = int | Sequence[int] | Literal["auto"]
 """How many micro-batches, the rows of each, or "auto": those that are the fastest, by measuring."""
 
+_OF_ALL_ROWS = ("logits_to_keep", "cache_position")  # numbers of tokens, as many as there may be rows
+_OF_EACH_ROW = ("attention_mask", "labels", "shift_labels", "position_ids", "token_type_ids")
 _OF_ALL_BLOCKS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
@@ -138,18 +140,41 @@ def cut(inputs: Mapping[str, Any], sizes: Sequence[int]) -> Iterator[dict[str, A
         inputs: With `input_ids` `(batch, tokens)`. Tensors whose first dimension is the batch are cut,
             `position_ids` of three dimensions along their second one. Everything else is shared.
         sizes: How many rows each micro-batch has.
+
+    Raises:
+        ConfigError: A mask, labels and the like are those of another number of rows.
     """
     batch, at = inputs["input_ids"].shape[0], 0
+    if len(sizes) > 1:
+        _require_rows(inputs, batch)
     for size in sizes:
         yield {name: _rows(name, value, batch, at, size) for name, value in inputs.items()}
         at += size
 
 
+def _require_rows(inputs: Mapping[str, Any], batch: int) -> None:
+    """Refuse what a model refuses too, unless all micro-batches, of as many rows, were given the same."""
+    for name, value in inputs.items():
+        if name not in _OF_EACH_ROW or not isinstance(value, torch.Tensor) or value.ndim < 2:
+            continue
+        rows = value.shape[_batch_dimension(name, value)]
+        may_be_one = name in ("position_ids", "token_type_ids") or value.ndim == 4
+        if rows != batch and not (rows == 1 and may_be_one):
+            raise ConfigError(
+                f"{name} {tuple(value.shape)} has {rows} rows, but input_ids have {batch}; give it a row for "
+                "each of them"
+            )
+
+
 def _rows(name: str, value: Any, batch: int, at: int, size: int) -> Any:
-    if not isinstance(value, torch.Tensor) or value.ndim == 0:
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or name in _OF_ALL_ROWS:
         return value
-    dimension = 1 if name == "position_ids" and value.ndim == 3 else 0
+    dimension = _batch_dimension(name, value)
     return value.narrow(dimension, at, size) if value.shape[dimension] == batch else value
+
+
+def _batch_dimension(name: str, value: torch.Tensor) -> int:
+    return 1 if name == "position_ids" and value.ndim == 3 else 0
 
 
 def _number(value: Any) -> int:

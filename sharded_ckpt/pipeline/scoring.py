@@ -138,6 +138,7 @@ class _Scoring:
         sums: dict[str, Tensor],
     ) -> None:
         self.stage, self._teacher, self.sums = stage, teacher, sums
+        self._measures = activations or teacher is not None
         blocks = stage.body.blocks if activations else ()
         self._statistics = ActivationStatistics(stage.shard, stage.descriptor, blocks, sums)
 
@@ -145,6 +146,8 @@ class _Scoring:
         """Let a batch go through, in micro-batches."""
         stage = self.stage
         inputs, _ = separated(stage.shard, batch)
+        if self._measures and inputs.get("attention_mask") is not None:
+            _as_large_as(batch["input_ids"], "attention_mask", inputs["attention_mask"])
         here = stage.admit({**inputs, "use_cache": False}, extra=micro_batches)
         sizes = rows_of_pass(stage, here, micro_batches)
         parts = list(cut(here, sizes))
@@ -231,19 +234,30 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
     """Return the labels of a batch; by default its tokens, but for padding and what is predicted from it.
 
     Raises:
-        ConfigError: They are shifted already.
+        ConfigError: They are shifted already, or do not say of each token whether it counts.
     """
     if batch.get("shift_labels") is not None:
         raise ConfigError("score shifts labels itself: give labels as a model takes them, not shift_labels")
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
     if batch.get("labels") is not None:
         labels: Tensor = batch["labels"]
-        return labels
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
+        return _as_large_as(ids, "labels", labels)
     if mask is None:
         return ids
+    _as_large_as(ids, "attention_mask", mask)
     hidden = mask == 0
     hidden[:, 1:] |= mask[:, :-1] == 0
     return ids.masked_fill(hidden, _IGNORED)
+
+
+def _as_large_as(ids: Tensor, name: str, given: Tensor) -> Tensor:
+    """Return what is given if it says something of each token; a smaller one would be read as if it did."""
+    if given.shape != ids.shape:
+        raise ConfigError(
+            f"{name} {tuple(given.shape)} must be as large as input_ids {tuple(ids.shape)} to say which of "
+            "them count"
+        )
+    return given
 
 
 def _of_blocks(means: Mapping[str, Tensor], kind: str) -> Iterator[tuple[int, Tensor]]:

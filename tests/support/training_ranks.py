@@ -123,11 +123,13 @@ def loss_with_frozen_end(checkpoint: Path, batch: Mapping[str, torch.Tensor], fr
     stage.train_step(batch)
 
 
-def step_on(checkpoint: Path, batch: Mapping[str, torch.Tensor], frozen: bool = False) -> None:
+def step_on(
+    checkpoint: Path, batch: Mapping[str, torch.Tensor], frozen: bool = False, micro_batches: int = 1
+) -> None:
     """Take a step that cannot be."""
     stage = stage_of(checkpoint, materialize=True)
     stage.shard.requires_grad_(not frozen)
-    stage.train_step(batch)
+    stage.train_step(batch, micro_batches=micro_batches)
 
 
 def step_with_odd_batch(checkpoint: Path, batch: Mapping[str, torch.Tensor]) -> None:
