@@ -104,6 +104,21 @@ def test_positions_of_logits_are_not_taken_for_rows(gloo: Gloo, folder: Path) ->
     assert torch.allclose(logits, reference(checkpoint, **call), rtol=1e-5, atol=1e-5)
 
 
+def tuples(checkpoint: Path) -> list[Any]:
+    stage = stage_of(checkpoint)
+    options = [{}, {"micro_batches": 2}, {"broadcast": True}]
+    return [stage(IDS, return_dict=False, use_cache=False, **option) for option in options]
+
+
+def test_tuples_are_returned_where_they_are_asked_for(gloo: Gloo, folder: Path) -> None:
+    checkpoint = heterogeneous_checkpoint(folder)
+    logits = reference(checkpoint, input_ids=IDS)
+    first, last = gloo.run_ok(tuples, checkpoint)
+    assert first[:2] == [None, None]
+    for (found,) in (first[2], *last):
+        assert torch.allclose(found, logits, rtol=1e-5, atol=1e-5)
+
+
 def cast(checkpoint: Path) -> torch.Tensor | None:
     stage = stage_of(checkpoint)
     stage.shard.to(torch.bfloat16)

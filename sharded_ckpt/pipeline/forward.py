@@ -19,7 +19,9 @@ def forward(
 ) -> Any:
     """Run the model on the same inputs on every rank. See `PipelineStage.__call__`."""
     with stage.collectively("running the pipeline"), torch.no_grad():
-        inputs = stage.admit(given, extra=[micro_batches, broadcast])
+        as_tuple = given.get("return_dict") is False  # of which nothing could be joined or broadcast
+        asked = {**given, "return_dict": True} if as_tuple else given
+        inputs = stage.admit(asked, extra=[micro_batches, broadcast, as_tuple])
         whole = micro_batches == "auto" and inseparable(given)
         rows = rows_of_pass(stage, inputs, 1 if whole else micro_batches)
         require_separable(given, len(rows))
@@ -32,7 +34,7 @@ def forward(
         if broadcast and stage.links is not None:
             result = _broadcast(result, stage.links, given.get("labels") is not None)
         stage.conclude()
-    return result
+    return result.to_tuple() if as_tuple and result is not None else result
 
 
 def _broadcast(output: Any, links: Links, has_loss: bool) -> Any:
