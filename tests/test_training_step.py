@@ -20,6 +20,7 @@ from support.training_ranks import (
     step_of_whole,
     step_on,
     step_with_odd_batch,
+    weighted_loss,
     with_other_ends,
 )
 
@@ -114,6 +115,13 @@ def test_a_loss_may_read_more_than_labels(gloo: Gloo, folder: Path) -> None:
     whole = {**batch(), "teacher_logits": torch.randn(6, 10, 128, generator=torch.Generator().manual_seed(3))}
     del whole["attention_mask"]
     case = Case(tiny_checkpoint(folder), [whole], micro_batches=4, loss_fn=distillation)
+    assert_equal_steps(gloo.run_ok(step_of_stage, case, world_size=2), step_of_whole(case))
+
+
+def test_lists_for_the_loss_are_cut_like_tensors(gloo: Gloo, folder: Path) -> None:
+    weighted = {**batch(), "weights": [0.1, 2.0, 0.5, 1.0, 3.0, 0.2]}
+    del weighted["attention_mask"]
+    case = Case(tiny_checkpoint(folder), [weighted], micro_batches=6, loss_fn=weighted_loss)
     assert_equal_steps(gloo.run_ok(step_of_stage, case, world_size=2), step_of_whole(case))
 
 

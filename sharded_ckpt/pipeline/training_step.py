@@ -47,7 +47,7 @@ def train_step(
         parts = list(cut(here, sizes))
         with _set_aside(shared):
             passes = _Passes(stage, _Loss(stage, loss_fn, others, num_items_in_batch))
-            losses = passes.run(parts, list(cut({**others, "input_ids": batch["input_ids"]}, sizes)))
+            losses = passes.run(parts, list(_cut_for_loss(others, batch["input_ids"], sizes)))
             if stage.links is not None:
                 sum_gradients(shared, stage.runtime.global_rank, stage.links)
         loss = [torch.stack(losses).sum()] if losses else None
@@ -88,6 +88,21 @@ def separated(shard: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any
         taken |= set(TransformersKwargs.__annotations__) - {"num_items_in_batch"}  # what they are for
     inputs = {name: value for name, value in batch.items() if name in taken}
     return inputs, {name: value for name, value in batch.items() if name not in taken}
+
+
+def _cut_for_loss(
+    others: Mapping[str, Any], input_ids: torch.Tensor, sizes: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Cut what only the loss reads: tensors, and lists of as many things as there are rows."""
+    lists = {
+        name: value
+        for name, value in others.items()
+        if isinstance(value, (list, tuple)) and len(value) == len(input_ids)
+    }
+    at = 0
+    for size, part in zip(sizes, cut({**others, "input_ids": input_ids}, sizes), strict=True):
+        yield part | {name: value[at : at + size] for name, value in lists.items()}
+        at += size
 
 
 class _Loss:

@@ -114,6 +114,15 @@ def distillation(
     return torch.nn.functional.kl_div(student, teacher, reduction="sum", log_target=True) / num_items_in_batch
 
 
+def weighted_loss(
+    outputs: Any, micro_batch: Mapping[str, torch.Tensor], num_items_in_batch: int
+) -> torch.Tensor:
+    """A loss that weighs rows by a list of numbers."""
+    log_probs = outputs.logits[:, :-1].log_softmax(-1).gather(-1, micro_batch["input_ids"][:, 1:, None])
+    of_rows = log_probs[..., 0].sum(-1)
+    return -(of_rows * torch.tensor(micro_batch["weights"])).sum() / num_items_in_batch
+
+
 def loss_with_frozen_end(checkpoint: Path, batch: Mapping[str, torch.Tensor], frozen_on: int) -> None:
     """Freeze the embedding, of which two ranks hold copies, on one of them only."""
     stage = stage_of(checkpoint, materialize=True)
