@@ -171,6 +171,19 @@ def test_no_rank_goes_on_alone_where_the_first_one_fails_at_the_very_end(
         assert seconds < TIMEOUT / 2
 
 
+def run_out(checkpoint: Path) -> str:
+    stage, nothing = stage_of(checkpoint, timeout=TIMEOUT, materialize=True), iter(())
+    with pytest.raises(CollectiveError) as caught:
+        stage.train_step({"input_ids": IDS}, lambda *_: next(nothing))
+    return str(caught.value)
+
+
+def test_an_iterator_that_ends_in_a_loss_is_an_error_like_any_other(gloo: Gloo, checkpoint: Path) -> None:
+    one, other = gloo.run_ok(run_out, checkpoint)
+    assert one == other
+    assert "a training step failed on rank 1 of 2: StopIteration" in one
+
+
 def run_alone(checkpoint: Path) -> None:
     stage = stage_of(checkpoint, timeout=TIMEOUT)
     if dist.get_rank() == 0:

@@ -135,7 +135,7 @@ class ControlGroup:
         if verdict.breaks_connections:
             self._links.broken = self._links.broken or str(failure)
         failure.agreed = True
-        raise failure from error
+        raise failure from _cause(error)
 
     def connect(self) -> None:
         """Connect the ranks for sending, once. Collective; to be called before any work that may fail.
@@ -276,3 +276,12 @@ def _require_plain(value: Any, where: str = "value") -> None:
             _require_plain(item, f"{where}[{key!r}]")
     elif value is not None and not isinstance(value, (bool, int, float, str)):
         raise TypeError(f"{where} is a {type(value).__name__}; only plain JSON data can be gathered")
+
+
+def _cause(error: BaseException | None) -> BaseException | None:
+    """Return what an error is said to come from.
+
+    contextlib takes any RuntimeError that comes from a StopIteration for the one that Python makes of it, and
+    would raise the StopIteration in its place, on one rank alone.
+    """
+    return RuntimeError(f"StopIteration: {error}") if isinstance(error, StopIteration) else error
