@@ -471,3 +471,14 @@ def test_no_command_shows_a_traceback_of_an_expected_error(here: Path) -> None:
 def test_json_says_why_a_model_does_not_fit(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "model", "--ranks", "2", "--memory", "90kB", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["misfit"].startswith("the model does not fit: ")
+
+
+def test_a_prompt_is_a_line_and_not_an_empty_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = str(tiny_folder(tmp_path / "model")), tmp_path / "prompts.txt"
+    argv = ["generate", "--model", folder, "--device", "cpu", "--max-new-tokens", "1"]
+    file.write_bytes("\ufeffone\u2028line\r\n\nanother\n".encode())
+    assert main([*argv, "--prompt-file", str(file), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [each["prompt"] for each in told] == ["one\u2028line", "another"]
+    for prompts in (["--prompt", ""], ["--prompt", "x", "--prompt", ""]):
+        assert "a prompt is empty, and this tokenizer begins no text" in refused(capsys, *argv, *prompts)

@@ -112,6 +112,8 @@ def _generate(arguments: argparse.Namespace, prompts: list[str], runtime: Runtim
     tokenizer = _tokenizer(arguments.model)
     texts = [_in_template(tokenizer, prompt) for prompt in prompts] if arguments.chat else prompts
     inputs = tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=not arguments.chat)
+    if not inputs["attention_mask"].any(dim=-1).all():
+        raise ConfigError("a prompt is empty, and this tokenizer begins no text with a token: give some text")
     tokens = stage.generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -127,7 +129,8 @@ def _generate(arguments: argparse.Namespace, prompts: list[str], runtime: Runtim
 
 def _read_prompts(file: Path) -> list[str]:
     try:
-        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut within a line, too
+        prompts = [line for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not a text in UTF-8, expected a prompt a line: {error}") from None
     if not prompts:
