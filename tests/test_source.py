@@ -184,9 +184,26 @@ class TestRemote:
     def test_names_and_copies(self, url: str, folder: Path, tmp_path: Path) -> None:
         source = open_source(url, cache_dir=tmp_path / "copies")
         assert source.names() == [ONE, TWO, "model.safetensors.index.json"]
-        assert source.local_path(ONE) == tmp_path / "copies" / ONE
+        assert source.local_path(ONE).is_relative_to(tmp_path / "copies")
+        assert source.local_path(ONE).name == ONE
         assert source.local_path(ONE).read_bytes() == (folder / ONE).read_bytes()
         assert open_source(url).local_path(TWO).read_bytes() == (folder / TWO).read_bytes()
+
+    def test_copies_of_several_checkpoints_in_one_cache_stay_apart(self, tmp_path: Path) -> None:
+        memory = fsspec.filesystem("memory")
+        for name in ("one", "other"):
+            memory.pipe(f"/apart/{name}/config.json", name.encode())
+        sources = [open_source(f"memory://apart/{name}", cache_dir=tmp_path) for name in ("one", "other")]
+        assert [source.local_path("config.json").read_text() for source in sources] == ["one", "other"]
+
+    def test_a_copy_is_made_once_and_again_when_the_file_has_changed(self, tmp_path: Path) -> None:
+        memory = fsspec.filesystem("memory")
+        memory.pipe("/anew/config.json", b"old")
+        first = open_source("memory://anew", cache_dir=tmp_path).local_path("config.json")
+        assert open_source("memory://anew", cache_dir=tmp_path).local_path("config.json") == first
+        assert os.listdir(first.parent) == ["config.json"]
+        memory.pipe("/anew/config.json", b"new")
+        assert open_source("memory://anew", cache_dir=tmp_path).local_path("config.json").read_text() == "new"
 
     def test_what_is_not_there_is_named(self, url: str) -> None:
         with pytest.raises(CheckpointNotFoundError, match="memory://bucket/gone: no such file or folder"):

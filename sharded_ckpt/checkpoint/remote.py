@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -18,7 +19,8 @@ class RemoteSource:
 
     Args:
         url: A folder, or an index or safetensors file in one.
-        cache_dir: Where `local_path` puts copies; if not given, a temporary directory that goes with this.
+        cache_dir: Where `local_path` puts copies, which later sources find there as long as the file at the
+            URL stays the same; if not given, a temporary directory that goes with this.
 
     Raises:
         ConfigError: What speaks this protocol is not installed.
@@ -84,11 +86,11 @@ class RemoteSource:
         if self._copies is None:
             self._copies = Path(tempfile.mkdtemp(prefix="sharded-ckpt-"))
             weakref.finalize(self, shutil.rmtree, self._copies, ignore_errors=True)
-        path = self._copies / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self._errors(f"{self.location}/{name}"):
-                self._fs.get_file(self._path(name), str(path))
+        with self._errors(f"{self.location}/{name}"):
+            path = self._copies / self._version(name) / name
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._fetch(name, path)
         return path
 
     def is_here(self, name: str) -> bool:
@@ -105,6 +107,18 @@ class RemoteSource:
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+    def _version(self, name: str) -> str:
+        """Return a folder for the copy of a file as it is now: every checkpoint has a `config.json`."""
+        told = f"{self.location}/{name} {self._fs.ukey(self._path(name))}"
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    def _fetch(self, name: str, path: Path) -> None:
+        """Copy a file to a path, where it appears whole: others may look there, and we may die."""
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            self._fs.get_file(self._path(name), str(part))
+            part.replace(path)
 
     @contextmanager
     def _errors(self, where: str) -> Iterator[None]:
