@@ -8,8 +8,9 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -455,6 +456,30 @@ def test_a_save_goes_where_a_load_looks(tmp_path: Path, monkeypatch: pytest.Monk
         assert float(open_checkpoint(place).read(["scale"])["scale"]) == version
     assert sorted(os.listdir(tmp_path)) == ["a b", "ckpt"]
     assert rebuild_index("~/ckpt")
+
+
+def test_a_directory_that_is_write_protected_is_named_and_nothing_is_left_beside_it() -> None:
+    with unprivileged(), TemporaryDirectory() as folder:
+        ckpt = Path(folder) / "mine" / "ckpt"
+        save_version(ckpt, 1)
+        ckpt.chmod(0o555)
+        with pytest.raises(PermissionError, match=f"Permission denied .*nothing was published.*'{ckpt}'"):
+            save_version(ckpt, 2)
+        assert os.listdir(ckpt.parent) == ["ckpt"]
+        assert version_in(ckpt) == 1
+        ckpt.chmod(0o755)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Be somebody whom modes bind: root may write everywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 def test_overwriting_can_be_refused(tmp_path: Path) -> None:

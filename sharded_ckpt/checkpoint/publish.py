@@ -8,6 +8,7 @@ litter that the next save removes.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +152,7 @@ def _reserve(storage: LocalStorage, target: Path, *, overwrite: bool) -> Workspa
         raise CheckpointError(f"{target}: cannot save here: it is the root of the file system")
     if os.path.lexists(target) and not target.is_dir():
         raise CheckpointError(f"{target}: cannot save here: expected a directory, found a file")
+    _refuse_write_protected(target)
     root = next(parent for parent in target.parents if os.path.lexists(parent))
     make_parents(storage, root, str(target.relative_to(root)))
     for parent in target.parents[1:]:
@@ -161,6 +163,13 @@ def _reserve(storage: LocalStorage, target: Path, *, overwrite: bool) -> Workspa
         workspace.release(storage, space)
         raise CheckpointError(f"{target}: there is something already; save elsewhere, or with overwrite=True")
     return space
+
+
+def _refuse_write_protected(target: Path) -> None:
+    """Refuse now what only publishing would find out: then a stage of that mode could not even be removed."""
+    effective = os.access in os.supports_effective_ids
+    if target.is_dir() and not os.access(target, os.W_OK | os.X_OK, effective_ids=effective):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(target))
 
 
 def _meet(coordinator: Coordinator, storage: LocalStorage, target: Path, space: Workspace | None) -> Path:
