@@ -425,6 +425,18 @@ def test_small_files_may_come_from_elsewhere(shared, tmp_path):
         save_sharded_checkpoint(load(tiny_checkpoint(shared)), tmp_path / "d", source=tmp_path / "missing")
 
 
+def test_after_a_chdir_small_files_still_come_from_where_the_model_was_loaded(shared, tmp_path, monkeypatch):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        with_small_files(shutil.copytree(tiny_checkpoint(shared), tmp_path / place / "parent"))
+    (tmp_path / "there" / "parent" / "tokenizer.json").write_text("of a namesake")
+    monkeypatch.chdir(tmp_path / "here")
+    model = load(Path("parent"))
+    monkeypatch.chdir(tmp_path / "there")
+    save_sharded_checkpoint(model, "child")
+    assert Path("child/tokenizer.json").read_text() == '{"of": "parent"}'
+
+
 def test_a_source_that_is_gone_is_told_and_the_model_is_saved(shared, tmp_path, caplog):
     parent = shutil.copytree(tiny_checkpoint(shared), tmp_path / "parent")
     model = load(parent, materialize=True)

@@ -114,6 +114,15 @@ class TestLocal:
         assert source.changed()
         assert not open_source(folder).changed()
 
+    def test_after_a_chdir_its_paths_lead_there_still(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(folder.parent)
+        source = open_source(folder.name)
+        monkeypatch.chdir(tmp_path / "..")
+        assert source.local_path(ONE).read_bytes() == source.read_bytes(ONE)
+        assert not source.changed()
+
     def test_it_sees_that_an_index_was_replaced(self, folder: Path) -> None:
         source = open_source(folder)
         open_index(source)

@@ -81,11 +81,12 @@ class LocalSource:
     """
 
     def __init__(self, directory: str | os.PathLike[str], entry: str | None = None) -> None:
-        self.directory = user_path(directory)
         self.location = str(directory)
         self._entry = entry
         self._seen: dict[str, Identity] = {}
+        path = user_path(directory)
         try:
+            self.directory = path.absolute()  # others look there by path, after a chdir too
             self._fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise CheckpointNotFoundError(f"{self.location}: no such directory") from None

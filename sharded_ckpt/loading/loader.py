@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from patchers.errors import CheckpointError, ConfigError
 from patchers.families import PLAIN_FAMILIES
 from patchers.substitutes import Unowned
+from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.reader import CheckpointReader
 from sharded_ckpt.checkpoint.tensors import dtype_of
 from sharded_ckpt.config import load_model_config
@@ -303,6 +304,7 @@ class ShardLoader:
             tied=tuple(name for name, partner in ties if made[name] is made[partner]),
             untied=tuple(name for name, partner in ties if made[name] is not made[partner]),
             revision=self.options.revision,
+            directory=str(self.source.directory) if isinstance(self.source, LocalSource) else None,
         )
 
 

@@ -16,6 +16,7 @@ class LoadReport:
     Attributes:
         location: Where the checkpoint is.
         revision: Which one of a hub id's, if one was asked for.
+        directory: The absolute path of a local one: after a `chdir`, `location` may lead elsewhere.
         blocks: The blocks that the shard owns.
         num_blocks: How many the whole model has.
         tensors: How many tensors were filled.
@@ -46,6 +47,7 @@ class LoadReport:
     tied: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
     revision: str | None = None
+    directory: str | None = None
 
     def __bool__(self) -> bool:
         return not (self.unexpected or self.untied or (self.cast and not self.cast_asked))

@@ -201,7 +201,8 @@ def _open_source(request: Request) -> TensorSource | None:
     if request.source is not None:
         return open_source(request.source)
     report = getattr(request.model, "load_report", None)
-    location = getattr(report, "location", None) or request.config.name_or_path
+    locations = getattr(report, "directory", None), getattr(report, "location", None)
+    location = next(filter(None, (*locations, request.config.name_or_path)), None)
     if not location:
         return None
     try:
