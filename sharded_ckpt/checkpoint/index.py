@@ -266,7 +266,8 @@ def _folders_below(source: TensorSource) -> str:
     if not isinstance(source, LocalSource):
         return ""
     below = [path for pattern in ("*", "snapshots/*") for path in source.directory.glob(pattern)]
-    held = [str(path) for path in sorted(below) if path.is_dir() and any(path.glob("*.safetensors"))]
+    full = [path for path in sorted(below) if path.is_dir() and any(path.glob("*.safetensors"))]
+    held = [f"{source.location}/{path.relative_to(source.directory)}" for path in full]
     return f"; weights are in {', '.join(held[:3])}{' ...' if len(held) > 3 else ''}" if held else ""
 
 

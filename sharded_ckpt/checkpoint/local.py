@@ -183,11 +183,11 @@ class LocalSource:
             raise self._unreadable(name, error) from error
         if not stat.S_ISREG(status.st_mode):
             kind = next((kind for test, kind in _KINDS if test(status.st_mode)), "something else")
-            raise CheckpointError(f"{self.directory / name}: expected a regular file, found {kind}")
+            raise CheckpointError(f"{self.location}/{name}: expected a regular file, found {kind}")
         return status
 
     def _unreadable(self, name: str, error: OSError) -> CheckpointError:
-        path = self.directory / name
+        path = f"{self.location}/{name}"
         if isinstance(error, (FileNotFoundError, NotADirectoryError)):
             try:
                 target = os.readlink(name, dir_fd=self._fd)
