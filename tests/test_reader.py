@@ -123,6 +123,16 @@ def status(field: str) -> int:
 
 
 class TestEveryWayOfReading:
+    @pytest.mark.parametrize("options", [{}, {"materialize": True}, {"ring": True}, {"device": "meta"}])
+    def test_names_a_packed_tensor_whose_rows_torch_cannot_hold(
+        self, tmp_path: Path, options: dict[str, bool]
+    ) -> None:
+        header = header_json({"odd": ("F4", [2, 3], [0, 3])})
+        (tmp_path / "model.safetensors").write_bytes(file_bytes(header, b"abc"))
+        text = r"model\.safetensors: tensor odd has rows of 3 4-bit elements; torch packs two into a byte"
+        with pytest.raises(CheckpointError, match=text):
+            open_checkpoint(tmp_path).read(**options)
+
     @pytest.mark.parametrize("options", [{}, {"materialize": True}, {"ring": True}])
     def test_gives_every_dtype_and_shape_bit_exact(
         self, zoo: Path, everything: dict[str, torch.Tensor], options: dict[str, bool]

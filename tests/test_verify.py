@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import NAMES, save_version, values, version_in
+from support.raw_files import file_bytes, header_json
 from support.storages import NoExchange
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError
@@ -57,6 +58,12 @@ def test_a_sound_checkpoint_has_no_problems(ckpt: Path) -> None:
     assert (report.files, report.tensors) == (3, len(values(1)))
     assert report.nbytes == sum(tensor.nbytes for tensor in values(1).values())
     assert str(report) == f"{ckpt}: no problems ({report.tensors} tensors, {report.nbytes} bytes in 3 files)"
+
+
+def test_dtypes_without_nan_are_finite_also_where_torch_lacks_them(tmp_path: Path) -> None:
+    rows = {"a": ("F6_E2M3", [4], [0, 3]), "b": ("F4", [2, 3], [3, 6])}
+    (tmp_path / "model.safetensors").write_bytes(file_bytes(header_json(rows), b"\xff" * 6))
+    assert verify(tmp_path, finite=True)
 
 
 def test_a_manifest_holds_the_digest_of_every_file(ckpt: Path) -> None:

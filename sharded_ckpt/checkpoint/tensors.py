@@ -54,8 +54,13 @@ def dtype_of(key: str, entry: TensorEntry, file: str) -> torch.dtype:
     """Return the torch dtype of a tensor of a file.
 
     Raises:
-        CheckpointError: This torch has no such dtype.
+        CheckpointError: This torch has no such dtype, or cannot give it that shape.
     """
+    if entry.dtype == "F4" and entry.shape and entry.shape[-1] % 2:
+        raise CheckpointError(
+            f"{file}: tensor {shorten(key)} has rows of {entry.shape[-1]} 4-bit elements; torch packs two "
+            "into a byte and needs an even number: store it as bytes (U8)"
+        )
     dtype = torch_dtype(entry.dtype)
     if dtype is None:
         raise CheckpointError(
@@ -88,8 +93,9 @@ def view_tensors(
     tensors: dict[str, torch.Tensor] = {}
     frombuffer = torch.frombuffer
     for key, entry in items:
-        dtype = torch_dtype(entry.dtype) or dtype_of(key, entry, file)
         name, shape, begin, end = entry
+        dtype = None if name == "F4" else torch_dtype(name)
+        dtype = dtype or dtype_of(key, entry, file)
         size = dtype.itemsize
         offset = begin - base
         if name == "F4":
