@@ -6,6 +6,7 @@ import json
 import logging
 import mmap
 import os
+import resource
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -284,6 +285,32 @@ def test_saving_what_is_mapped_from_the_very_same_directory(tmp_path: Path, opti
         save.write_tensors(tensors)
         save.write_json("config.json", {"version": 2})
     assert version_in(ckpt) == 2
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "é" * 127], ids=["255 bytes", "127 letters of 2 bytes"])
+def test_a_directory_may_have_the_longest_name_that_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for version in (1, 2):
+        save_version(tmp_path / name, version)
+    monkeypatch.chdir(tmp_path / name)
+    save_version(".", 3)
+    assert version_in(tmp_path / name) == 3
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_disk_without_room_is_told_by_the_directory_and_by_no_other_name(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, before[1])
+    )  # shows, as a full disk, when room is made
+    told = pytest.raises(OSError, match=r"File too large while writing to .*/ckpt; .* stays$")
+    try:
+        with told, transaction(tmp_path / "ckpt") as save:
+            save.write_tensors({"large": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_directory_may_be_reached_through_a_link(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ class LocalStorage:
         if fallocate is None or nbytes == 0:
             return
         try:
-            _check(fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)), "fallocate")
+            _check(fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)))
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
@@ -243,7 +243,7 @@ def _use_cache(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0))
 
 
-def _check(result: int, first: str, second: str | None = None) -> None:
+def _check(result: int, first: str | None = None, second: str | None = None) -> None:
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), first, None, second)

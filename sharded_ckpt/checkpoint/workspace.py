@@ -3,7 +3,7 @@
 `.NAME.saving` beside (or, where that is not possible, inside) the directory NAME belongs to one save at a
 time: to the process that put it there. It holds `owner`, which says what process that is, and `new/`, the
 stage. While it is made and while it is removed it is called `.NAME.saving-OWNER`, so that it is known at any
-moment whose it is.
+moment whose it is. Of a NAME that is too long for that, the begin and a digest stand there.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ ABANDONED_AFTER: Final = 24 * 3600.0
 """Seconds without a change after which a workspace counts as dead if its machine cannot be asked."""
 
 _NAME = re.compile(r"\.(?P<target>.+)\.saving(?:-(?P<owner>[0-9a-f]+-\d+-\d+-[0-9a-f]+))?", re.DOTALL)
+_MAX_NAME_BYTES = 190  # of the 255 that file systems take, `.`, `.saving-` and an owner need some 50
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _alive_here: set[str] = set()  # the nonces of the saves of this process
 
@@ -130,7 +131,13 @@ class Workspace:
 
 def locate(target: Path, *, inside: bool) -> Path:
     """Return where the workspace for a directory lies."""
-    return (target if inside else target.parent) / f".{target.name}.saving"
+    return (target if inside else target.parent) / f".{_short(target.name)}.saving"
+
+
+def _short(name: str) -> str:
+    """Return the name of a directory, or what stands for a long one and leaves room for the rest."""
+    raw = os.fsencode(name)
+    return name if len(raw) <= _MAX_NAME_BYTES else f"{name[:32]}-{hashlib.sha256(raw).hexdigest()[:16]}"
 
 
 def is_workspace(name: str) -> bool:
