@@ -12,7 +12,7 @@ import torch
 from support.gloo import Gloo, RankFailure
 from torch import nn
 
-from patchers.errors import CheckpointError, ConfigError, MissingKeysError
+from patchers.errors import CheckpointError, CollectiveError, ConfigError, MissingKeysError
 from sharded_ckpt.checkpoint.raw import bytes_of
 from sharded_ckpt.collective.control_group import chunks
 from sharded_ckpt.distribute.distribution import Held, RankTable, Slot, global_name, plan_distribution
@@ -136,7 +136,9 @@ def distribute_with(change: str) -> None:
         state["layers.3.ffn.weight"] = torch.zeros(8, 6, dtype=torch.int8)
     elif change == "no tensor" and rank() == 0:
         state["layers.3.ffn.weight"] = [1.0]  # type: ignore[assignment]
-    load_state_dict_to_shards(model, given, runtime=default_runtime(device="cpu", timeout=20))
+    options: dict[str, Any] = {"chunk_bytes": 64 + rank()} if change == "chunks" else {}
+    options |= {"dtype": torch.int8} if change == "dtype" else {}
+    load_state_dict_to_shards(model, given, runtime=default_runtime(device="cpu", timeout=20), **options)
 
 
 def distribute_native(tied: bool) -> tuple[list[str], list[str]]:
@@ -295,6 +297,17 @@ def test_native_models_are_complete_afterwards(gloo: Gloo, tied: bool) -> None:
             "1 tensors of the state dict do not fit: layers.3.ffn.weight has shape (5, 6), "
             "the shard of rank 1 wants (8, 6). The model may be built from other block configs: "
             "patchers.infer_block_configs reads them off tensor shapes",
+        ),
+        (
+            "chunks",
+            ConfigError,
+            "cannot hand out the state dict: the ranks disagree on `chunk_bytes`: 64 on rank 0; 65 on rank 1",
+        ),
+        (
+            "dtype",
+            CollectiveError,
+            "comparing the state dict with the shards failed on all 2 ranks: ConfigError: dtype=torch.int8: "
+            "expected a floating-point one, such as torch.bfloat16",
         ),
         (
             "kind",

@@ -38,6 +38,8 @@ class OwnedTensors:
         dtype: torch.dtype | None,
         ties: Mapping[str, str] | None,
     ) -> None:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ConfigError(f"dtype={dtype!r}: expected a floating-point one, such as torch.bfloat16")
         self._model, self._device, self._dtype = model, device, dtype
         state = model.state_dict(keep_vars=True)
         for key, value in state.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from patchers.errors import CheckpointError, ConfigError
 from patchers.names import fold
-from sharded_ckpt.checkpoint.coordinator import together
+from sharded_ckpt.checkpoint.coordinator import refuse_disagreement, together
 from sharded_ckpt.checkpoint.raw import bytes_of
 from sharded_ckpt.collective.control_group import CHUNK_BYTES, ControlGroup
 from sharded_ckpt.distribute.distribution import (
@@ -65,7 +65,8 @@ def load_state_dict_to_shards(
         sent: Told on rank 0 the bytes of each chunk once it has been sent.
 
     Raises:
-        ConfigError: Rank 0 has no state dict, or another rank has one.
+        ConfigError: Rank 0 has no state dict, or another rank has one; or `dtype` is not a floating one, or
+            the ranks disagree on `chunk_bytes`.
         MissingKeysError: Shards own tensors that the state dict lacks.
         CheckpointError: Shapes or kinds of numbers differ, there are tensors that no shard owns, or values
             that are no plain tensors.
@@ -84,7 +85,9 @@ def load_state_dict_to_shards(
         source = _Source({} if loaded_state_dict is None else loaded_state_dict)
         brings = loaded_state_dict is not None
         table = RankTable(shard.slots, brings, source.held if here.is_main_process else {}, dtype_name(dtype))
-    tables = [RankTable.from_json(told) for told in here.control.gather(table.to_json(), doing)]
+    said = here.control.gather({"table": table.to_json(), "cut": {"chunk_bytes": chunk_bytes}}, doing)
+    refuse_disagreement([told["cut"] for told in said], "hand out the state dict")
+    tables = [RankTable.from_json(told["table"]) for told in said]
     plan = plan_distribution(tables, strict)
     if here.is_main_process:
         _log_leftovers(tables, plan)
