@@ -413,6 +413,13 @@ def test_two_names_for_one_tensor_are_refused() -> None:
         load(shard_of({0, 1, 2, 3}), state)
 
 
+def test_a_name_that_is_no_string_is_refused() -> None:
+    with pytest.raises(
+        CheckpointError, match="the state dict has a tensor named 7; names of tensors are str"
+    ):
+        load(shard_of({0, 1, 2, 3}), {**whole_state(), 7: torch.zeros(1)})
+
+
 @pytest.mark.parametrize("present", ["embed.weight", "head.weight"])
 def test_either_end_feeds_a_tied_model(present: str) -> None:
     state = whole_state(tied=True)

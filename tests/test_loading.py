@@ -457,6 +457,8 @@ def test_state_dict_refuses_unknown_keys_unless_told(shared: Path) -> None:
     }
     with pytest.raises(TypeError, match="not one string"):
         load_sharded_state_dict(folder, "lm_head.weight")
+    with pytest.raises(TypeError, match="keys_to_load has 7; keys are strings"):
+        load_sharded_state_dict(folder, ["lm_head.weight", 7])
 
 
 def test_safetensors_format_is_recognised(shared: Path, tmp_path: Path) -> None:
@@ -465,6 +467,17 @@ def test_safetensors_format_is_recognised(shared: Path, tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     assert not is_in_safetensors_format(tmp_path)
     assert not is_in_safetensors_format(tmp_path / "absent")
+
+
+def test_safetensors_format_is_recognised_wherever_a_load_looks(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint(shared)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert is_in_safetensors_format(f"~/{folder.name}")
+    assert is_in_safetensors_format(folder.as_uri())
+    with pytest.raises(ConfigError, match="expected a local path, found a URL"):
+        is_in_safetensors_format("s3://bucket/model")
 
 
 def _owned_by_rank(folder: str) -> tuple[set[int], int]:

@@ -217,6 +217,10 @@ class TestEveryWayOfReading:
         ):
             open_checkpoint(tmp_path).read(**options)  # type: ignore[arg-type]
 
+    def test_refuses_a_dtype_given_by_name(self, zoo: Path) -> None:
+        with pytest.raises(ConfigError, match=r"dtype='bfloat16': expected one of torch\.float64"):
+            open_checkpoint(zoo).read(dtype="bfloat16")  # type: ignore[arg-type]
+
     def test_refuses_a_dtype_that_is_no_float(self, zoo: Path) -> None:
         with pytest.raises(
             ConfigError, match=r"dtype=torch\.int8: expected one of torch\.float64, torch\.float32"

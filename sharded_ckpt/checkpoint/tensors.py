@@ -125,9 +125,9 @@ class Casting:
     _ORDINARY = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, rule: DtypeRule) -> None:
-        if isinstance(rule, torch.dtype) and rule not in self._ORDINARY:
+        if rule is not None and rule not in self._ORDINARY and not callable(rule):
             raise ConfigError(
-                f"dtype={rule}: expected one of {', '.join(map(str, self._ORDINARY))}, "
+                f"dtype={rule!r}: expected one of {', '.join(map(str, self._ORDINARY))}, "
                 "or a function of name and dtype"
             )
         self._rule = rule

@@ -156,8 +156,11 @@ def global_names(keys: Iterable[str], where: str) -> dict[str, str]:
     """Return the global name of each key.
 
     Raises:
-        CheckpointError: Two keys have the same global name.
+        CheckpointError: Two keys have the same global name, or one is no string.
     """
+    keys = list(keys)
+    if odd := [key for key in keys if not isinstance(key, str)]:
+        raise CheckpointError(f"{where} has a tensor named {odd[0]!r:.80}; names of tensors are strings")
     names = {key: global_name(key) for key in keys}
     twice = {name for name, count in Counter(names.values()).items() if count > 1}
     if twice:

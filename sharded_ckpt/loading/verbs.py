@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchers.errors import ConfigError, MissingKeysError
 from patchers.names import block_of, fold
 from sharded_ckpt.checkpoint.coordinator import together
+from sharded_ckpt.checkpoint.local import user_path
 from sharded_ckpt.progress import byte_progress
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def load_sharded_state_dict(
     Raises:
         MissingKeysError: The checkpoint lacks keys, and `allow_missing` is off.
         CheckpointError: The files are broken.
-        TypeError: `keys_to_load` is one string.
+        TypeError: `keys_to_load` is one string, or holds something else than strings.
 
     Example:
         >>> tensors = load_sharded_state_dict(checkpoint, ["lm_head.weight"])  # the path of a checkpoint
@@ -196,6 +196,8 @@ def load_sharded_state_dict(
     }
     reader = open_reader(model_name_or_path, allow_pickle=allow_pickle, **where)
     wanted = list(reader.index.keys() if keys_to_load is None else dict.fromkeys(keys_to_load))
+    if odd := [key for key in wanted if not isinstance(key, str)]:
+        raise TypeError(f"keys_to_load has {odd[0]!r:.80}; keys are strings")
     present = [key for key in wanted if key in reader.index]
     if len(present) < len(wanted) and not allow_missing:
         missing = [key for key in wanted if key not in reader.index]
@@ -207,14 +209,17 @@ def load_sharded_state_dict(
 
 
 def is_in_safetensors_format(checkpoint_dir: PathOrId) -> bool:
-    """Whether a directory holds safetensors weights: shards under an index, or a single file.
+    """Whether a local directory holds safetensors weights: shards under an index, or a single file.
+
+    Raises:
+        ConfigError: It is a URL.
 
     Example:
         >>> import tempfile
         >>> is_in_safetensors_format(tempfile.gettempdir() + "/no/such/directory")
         False
     """
-    folder = Path(checkpoint_dir)
+    folder = user_path(checkpoint_dir)
     return folder.is_dir() and any(
         entry.name.endswith((".safetensors", ".safetensors.index.json")) for entry in folder.iterdir()
     )
