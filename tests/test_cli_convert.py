@@ -16,8 +16,10 @@ from support.tiny import NEMOTRON_NAS_BLOCKS, Block, heterogeneous_checkpoint, t
 
 from patchers import read_block_configs
 from patchers.base_sizes import BaseSizes, resolve_block
+from patchers.errors import ConfigError
 from sharded_ckpt.checkpoint.verify import verify
 from sharded_ckpt.cli import main
+from sharded_ckpt.saving.conversion import convert_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +151,9 @@ def test_quantised_weights_are_not_cast(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["convert", str(source), str(tmp_path / "target"), "--dtype", "float16"]) == 1
     assert "says that its weights are quantised: they cannot be cast" in capsys.readouterr().err
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("shards", [0, -1, 2.5])
+def test_a_number_of_files_that_cannot_be_is_refused(tmp_path: Path, shards: Any) -> None:
+    with pytest.raises(ConfigError, match=f"shards is {shards}; it must be a number of files, at least 1"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "target", shards=shards)

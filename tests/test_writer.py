@@ -335,10 +335,12 @@ def test_shards_are_limited_by_size() -> None:
     assert plan_shards({}) == [] == plan_shards({}, 10)
     with pytest.raises(ConfigError, match="max_shard_size '5 apples' is no size"):
         plan_shards(sizes, "5 apples")
-    with pytest.raises(ConfigError, match="more than 0 bytes"):
-        plan_shards(sizes, 0)
-    with pytest.raises(ConfigError, match="more than 0 bytes"):
-        plan_shards(sizes, "0")
+
+
+@pytest.mark.parametrize("limit", [0, -1, float("nan"), "0", "-0", "0GB", "0.0 MB", " -5GB"])
+def test_a_limit_that_no_tensor_keeps_is_refused(limit: int | str) -> None:
+    with pytest.raises(ConfigError, match=f"more than 0 bytes, found {limit}"):
+        plan_shards({"a": 4}, limit)
 
 
 @given(st.dictionaries(st.text(min_size=1), st.integers(0, 50), max_size=20), st.integers(1, 60))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -15,6 +16,7 @@ TensorSpec: TypeAlias = "tuple[str, tuple[int, ...]]"
 
 # Data begins with a page, so that a mapping of it is aligned for every dtype and for direct I/O.
 _ALIGNMENT: Final = 4096
+_NUMBER: Final = re.compile(r"\s*[-+]?\d+(?:\.\d*)?")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,14 @@ def _encode_header(
     return len(text).to_bytes(8, "little") + text
 
 
+def _amount(size: object) -> float:
+    """Return the number at the begin of a size; 1 if there is none, or more than that is wrong."""
+    number = _NUMBER.match(size) if isinstance(size, str) else None
+    if isinstance(size, int | float):
+        return size
+    return float(number[0]) if number else 1.0
+
+
 def plan_shards(sizes: Mapping[str, int], max_shard_size: int | str | None = None) -> list[list[str]]:
     """Deal tensors, in their order, to files of a limited size; one beyond the limit gets a file of its own.
 
@@ -102,7 +112,7 @@ def plan_shards(sizes: Mapping[str, int], max_shard_size: int | str | None = Non
         return [list(sizes)] if sizes else []
     if isinstance(max_shard_size, str) and max_shard_size.strip().isdecimal():
         max_shard_size = int(max_shard_size)
-    if isinstance(max_shard_size, int) and max_shard_size <= 0:
+    if not _amount(max_shard_size) > 0:  # NaN is not either
         raise ConfigError(f"max_shard_size must be more than 0 bytes, found {max_shard_size}")
     from huggingface_hub import split_state_dict_into_shards_factory
 

@@ -73,6 +73,8 @@ def convert_checkpoint(
     """
     if sum([shards is not None, max_shard_size is not None, single_file]) > 1:
         raise ConfigError("shards, max_shard_size and single_file exclude each other; give one of them")
+    if shards is not None and not (isinstance(shards, int) and shards > 0):
+        raise ConfigError(f"shards is {shards!r}; it must be a number of files, at least 1")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     reader = open_checkpoint(checkpoint, lambda index: index)
