@@ -216,10 +216,16 @@ def test_impossible_ownership_is_refused_naming_the_index(folder: Path, owned: l
     refused(OwnershipError, folder, text, owned_block_indexes=owned)
 
 
-def test_unfit_dtype_of_a_quantised_checkpoint_is_refused_not_cast(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({UP: tensors[UP].to(torch.float8_e4m3fn)}))
-    with pytest.raises(CheckpointError, match="a quantised tensor is not cast blindly"):
-        load_and_shard_model("auto", folder)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64])
+def test_unfit_dtype_of_a_quantised_checkpoint_is_refused_not_cast(folder: Path, dtype: torch.dtype) -> None:
+    rewrite(folder, lambda tensors: tensors.update({UP: tensors[UP].to(dtype)}))
+    refused(CheckpointError, folder, f"{UP} is {dtype}", "a quantised tensor is not cast blindly")
+
+
+def test_a_checkpoint_without_tensors_lacks_all_of_them(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    rewrite_json(folder, "config.json", dtype=...)
+    refused(MissingKeysError, folder, "model.embed_tokens.weight", str(folder))
 
 
 def test_integer_tensors_keep_their_dtype_and_value(folder: Path) -> None:

@@ -107,7 +107,7 @@ class ShardLoader:
         self.nbytes = sum(entry.nbytes for entry in self.entries.values())
         if self.is_plain:
             check_shapes(self.plan, self.wanted, self.entries, self.index.weight_map)
-        else:
+        if self.route == "converted":
             check_castable(self.plan, self.wanted, self._found_dtypes())
 
     def agree(self) -> None:
@@ -205,7 +205,7 @@ class ShardLoader:
         for dtype in (*self._asked_dtypes(), self.config.dtype):
             if dtype is not None:
                 return dtype_named(dtype) if isinstance(dtype, str) else dtype
-        file, keys = next(iter(self.index.by_file().items()))
+        file, keys = next(iter(self.index.by_file().items()), ("", []))
         entries = self.reader.headers(keys)
         found = (dtype_of(key, entry, file) for key, entry in entries.items())
         return next((dtype for dtype in found if dtype.is_floating_point), torch.get_default_dtype())
