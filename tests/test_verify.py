@@ -299,7 +299,8 @@ def test_an_index_that_would_hide_a_loss_is_not_made(ckpt: Path) -> None:
     (ckpt / "away").rename(ckpt / SHARDS[1])
     shutil.copy(ckpt / SHARDS[1], ckpt / "model-00001-of-00009.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"shards of several saves: model-\*-of-00003, model-\*-of-00009"
+        CheckpointError,
+        match=r"shards of several saves: model-\*-of-00003, model-\*-of-00009; give the folder",
     ):
         rebuild_index(ckpt)
     rebuild_index(ckpt, files=SHARDS)
@@ -319,3 +320,12 @@ def test_a_broken_shard_is_named(ckpt: Path) -> None:
     with pytest.raises(CheckpointError, match=SHARDS[1]):
         rebuild_index(ckpt)
     assert sorted(path.name for path in ckpt.glob("model-*")) == SHARDS
+
+
+def test_an_index_of_a_single_file_leaves_alone_what_lies_beside_it(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    save_file({"lora": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "optim").mkdir()
+    save_file({"exp_avg": torch.ones(1)}, tmp_path / "optim" / "optim.safetensors")
+    assert rebuild_index(tmp_path).weight_map == {"w": "model.safetensors"}
+    assert verify(tmp_path)

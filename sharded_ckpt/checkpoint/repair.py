@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError
-from sharded_ckpt.checkpoint.index import INDEX_FILE, CheckpointIndex, index_of_headers, parse_index
+from sharded_ckpt.checkpoint.index import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    CheckpointIndex,
+    index_of_headers,
+    parse_index,
+)
 from sharded_ckpt.checkpoint.local import LocalSource
 from sharded_ckpt.checkpoint.manifest import MANIFEST_FILE
 from sharded_ckpt.checkpoint.publish import transaction
@@ -28,7 +34,8 @@ def rebuild_index(
     Args:
         checkpoint: A local directory.
         files: The files that hold the tensors, relative to it. If not given: the numbered shards and what the
-            present index lists; if there are none, every safetensors file in the directory and below.
+            present index lists; if there are none, `model.safetensors`; without that, every safetensors file
+            in the directory and below.
         durable: Whether the new index must survive a power cut once this returns.
 
     Returns:
@@ -61,6 +68,8 @@ def _candidates(source: LocalSource) -> list[str]:
     found = {shard[0] for shard in shards if shard["stem"] == "model"}
     if present := _present(source):
         found.update(name for name in present.files if source.exists(name))
+    if not found and source.exists(SINGLE_FILE):
+        found = {SINGLE_FILE}  # what lies beside it, such as an adapter, is no part of it
     root = Path(source.directory)
     below = (path.relative_to(root).as_posix() for path in root.rglob("*.safetensors") if path.is_file())
     return sorted(found or below)
@@ -86,7 +95,8 @@ def _refuse_gaps(location: str, names: Iterable[str]) -> None:
     if len(sets) > 1:
         kinds = ", ".join(f"{stem}-*-of-{count:05d}" for stem, count in sorted(sets))
         raise CheckpointError(
-            f"{location}: shards of several saves: {kinds}; remove those that are not meant, or give `files`"
+            f"{location}: shards of several saves: {kinds}; give the folder of those that are meant, or "
+            "`files`, or move the others away"
         )
     for (stem, count), numbers in sets.items():
         if missing := sorted(set(range(1, count + 1)) - numbers):
