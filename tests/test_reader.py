@@ -26,6 +26,7 @@ from patchers.errors import CheckpointError, ConfigError, MissingKeysError
 from sharded_ckpt.checkpoint import host_memory
 from sharded_ckpt.checkpoint.index import INDEX_FILE, open_index
 from sharded_ckpt.checkpoint.local import LocalSource
+from sharded_ckpt.checkpoint.read_ahead import ReadAhead
 from sharded_ckpt.checkpoint.reader import CheckpointReader, open_checkpoint
 from sharded_ckpt.checkpoint.staging import StagingRing
 from sharded_ckpt.checkpoint.tensors import Casting
@@ -529,6 +530,19 @@ class TestPrefetch:
         for entry in entries:
             assert part(resident[entry.begin // 4096 : entry.end // 4096]) > 0.95
         assert part(resident) < 0.9
+
+    def test_is_left_out_with_too_many_open_files(self, zoo: Path) -> None:
+        file = os.open(next(zoo.glob("*.safetensors")), os.O_RDONLY)
+        next_one = os.dup(file)
+        os.close(next_one)
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_one, before[1]))
+        try:
+            assert ReadAhead([(file, [(0, 100)])]).pieces == 0
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.close(file)  # it has been
 
     @pytest.mark.parametrize("read_ahead", [True, False])
     def test_goes_with_a_read_of_what_is_mapped(self, large: Path, read_ahead: bool) -> None:

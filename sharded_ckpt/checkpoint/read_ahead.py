@@ -31,16 +31,16 @@ class ReadAhead:
     def __init__(self, jobs: Sequence[tuple[int, Sequence[Range]]], limit: int | None = None) -> None:
         self._limit = _half_of_memory() if limit is None else limit
         self._fds = [fd for fd, _ in jobs]
+        self._null = _null_device()
         pieces = [
             (fd, piece)
             for fd, ranges in jobs
             for piece in cut(ranges, self._STEP)
-            if not _is_cached(fd, piece)
+            if self._null >= 0 and not _is_cached(fd, piece)
         ]
         self.pieces = len(pieces)
         self._pieces = iter(pieces)
         self._lock = threading.Lock()
-        self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         self._running = min(self._THREADS, self.pieces)
         self._threads = [
             threading.Thread(target=self._run, name=f"read-ahead-{number}", daemon=True)
@@ -88,7 +88,16 @@ class ReadAhead:
 
     def _close(self) -> None:
         for fd in (*self._fds, self._null):
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
+
+
+def _null_device() -> int:
+    """Open it; -1 with too many open files, which are no reason to fail for a hint."""
+    try:
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 def _is_cached(fd: int, piece: Range) -> bool:
