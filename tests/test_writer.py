@@ -245,6 +245,12 @@ def test_what_cannot_be_saved_is_named_before_anything_is_created(tmp_path: Path
         write_tensors(tmp_path / "x.safetensors", {"c": torch.zeros(2, dtype=torch.complex128)})
     with pytest.raises(CheckpointError, match="n: a list, not a tensor"):
         write_tensors(tmp_path / "x.safetensors", {"n": [1.0]})  # type: ignore[dict-item]
+    with pytest.raises(CheckpointError, match="u: a UninitializedParameter, which has no shape yet"):
+        write_tensors(tmp_path / "x.safetensors", {"u": torch.nn.parameter.UninitializedParameter()})
+    freed = torch.zeros(4)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(CheckpointError, match="f: without memory, which was freed"):
+        write_tensors(tmp_path / "x.safetensors", {"f": freed})
     assert os.listdir(tmp_path) == []
 
 
