@@ -214,6 +214,18 @@ class TestRemote:
         memory.pipe("/anew/config.json", b"new")
         assert open_source("memory://anew", cache_dir=tmp_path).local_path("config.json").read_text() == "new"
 
+    @pytest.mark.parametrize("how", ["read", "iter_tensors"])
+    def test_a_file_that_is_replaced_while_it_is_read_is_refused(self, tmp_path: Path, how: str) -> None:
+        memory = fsspec.filesystem("memory")
+        for name, tensors in (("old", {"a": b"1", "b": b"2"}), ("new", {"b": b"3", "a": b"4"})):
+            write_tensors(tmp_path / name, tensors)
+        memory.pipe("/replaced/model.safetensors", (tmp_path / "old").read_bytes())
+        reader = open_checkpoint("memory://replaced", lambda index: index)
+        assert {key: int(value) for key, value in reader.iter_tensors()} == {"a": ord("1"), "b": ord("2")}
+        memory.pipe("/replaced/model.safetensors", (tmp_path / "new").read_bytes())
+        with pytest.raises(CheckpointError, match="memory://replaced: a file was changed while it was read"):
+            dict(getattr(reader, how)())
+
     def test_what_is_not_there_is_named(self, url: str) -> None:
         with pytest.raises(CheckpointNotFoundError, match="memory://bucket/gone: no such file or folder"):
             open_source("memory://bucket/gone")

@@ -134,6 +134,7 @@ class CheckpointReader:
             tensors |= read_tensors(
                 part, device=device, dtype=dtype, materialize=materialize, ring=ring, progress=progress
             )
+        self._refuse_changed(plan)
         return tensors
 
     def iter_tensors(
@@ -158,12 +159,22 @@ class CheckpointReader:
 
         plan = self.plan(keys)
         self.source.ensure(shard.name for shard, _ in plan)
-        return chain.from_iterable(iter_tensors(part, dtype=dtype) for part in _batches(plan))
+        tensors = chain.from_iterable(iter_tensors(part, dtype=dtype) for part in _batches(plan))
+        return chain(tensors, self._end(plan))
 
     def close(self) -> None:
         """Close the files. Tensors that were read stay valid, and files are opened again when needed."""
         for shard in self._shards.values():
             shard.close()
+
+    def _refuse_changed(self, plan: Plan) -> None:
+        """Refuse what was fetched range by range while another file took its place; open files stay."""
+        if not all(self.source.is_here(shard.name) for shard, _ in plan) and self.source.changed():
+            raise CheckpointError(f"{self.source.location}: a file was changed while it was read; load again")
+
+    def _end(self, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
+        self._refuse_changed(plan)
+        yield from ()
 
     def _read_ahead(self, plan: Plan) -> ReadAhead:
         """Start reading ahead what no call before this one did."""

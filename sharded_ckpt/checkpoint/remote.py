@@ -13,6 +13,12 @@ from pathlib import Path
 
 from patchers.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 
+_TELLING = (
+    *("size", "ETag", "etag", "md5Hash", "content_md5", "generation", "VersionId", "version_id"),
+    *("LastModified", "last_modified", "updated", "mtime", "modified", "modificationTime", "created"),
+)
+"""What file systems say of a file that changes with its content, and with nothing else."""
+
 
 class RemoteSource:
     """The files under one URL, such as `s3://bucket/folder` or `memory://folder`.
@@ -39,6 +45,7 @@ class RemoteSource:
             ) from error
         self.location = url.rstrip("/")
         self._entry: str | None = None
+        self._seen: dict[str, str] = {}
         self._root = root.rstrip("/")
         self._copies = None if cache_dir is None else Path(cache_dir)
         if url.endswith((".safetensors", ".json")):
@@ -76,6 +83,8 @@ class RemoteSource:
     def read_bytes(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
         """Return the bytes of a file from `begin` to `end` (exclusive)."""
         with self._errors(f"{self.location}/{name}"):
+            if name not in self._seen:
+                self._seen[name] = self._identity(name)
             return bytes(self._fs.cat_file(self._path(name), start=begin, end=end))
 
     def ensure(self, names: Iterable[str]) -> None:
@@ -102,16 +111,26 @@ class RemoteSource:
         return None
 
     def changed(self) -> bool:
-        """Return False: URLs have no identity that could be compared."""
-        return False
+        """Return whether a file that was read is another one now, as far as its file system tells."""
+        try:
+            return any(self._identity(name) != seen for name, seen in self._seen.items())
+        except FileNotFoundError:
+            return True
+        except Exception:  # each file system has errors of its own; opening it again would meet them, too
+            return False
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     def _version(self, name: str) -> str:
         """Return a folder for the copy of a file as it is now: every checkpoint has a `config.json`."""
-        told = f"{self.location}/{name} {self._fs.ukey(self._path(name))}"
+        told = f"{self.location}/{name} {self._identity(name)}"
         return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    def _identity(self, name: str) -> str:
+        """Return what the file system says that tells a file from another one of its name."""
+        info = self._fs.info(self._path(name))
+        return repr([(field, info[field]) for field in _TELLING if field in info])
 
     def _fetch(self, name: str, path: Path) -> None:
         """Copy a file to a path, where it appears whole: others may look there, and we may die."""
