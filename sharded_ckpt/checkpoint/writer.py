@@ -109,7 +109,7 @@ def _why_not(tensor: torch.Tensor | LazyTensor) -> str | None:
         return "on the meta device, without values: load or initialise it first, or leave it out"
     if hasattr(type(tensor), "__tensor_flatten__"):
         return f"a {type(tensor).__name__}, which wraps other tensors: save its local or inner tensor"
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(tensor):
         return f"a {type(tensor).__name__}, which has no shape yet: call the module once"
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         return f"neither dense nor plain ({tensor.layout}, {tensor.dtype}): convert it to a dense tensor"
