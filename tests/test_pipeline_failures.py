@@ -114,6 +114,21 @@ def _no_room(*_: Any) -> None:
     raise MemoryError("no room")
 
 
+def tell_badly(checkpoint: Path, who: int) -> tuple[str, float]:
+    """Score with a function that is told of batches, and that fails on one rank."""
+    stage, began = stage_of(checkpoint, timeout=TIMEOUT), time.monotonic()
+    with pytest.raises(CollectiveError) as caught:
+        stage.score([{"input_ids": IDS}] * 3, progress=_no_room if dist.get_rank() == who else False)
+    return str(caught.value), time.monotonic() - began
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_who_fails_at_being_told_of_progress_is_named(gloo: Gloo, checkpoint: Path, who: int) -> None:
+    for text, seconds in gloo.run_ok(tell_badly, checkpoint, who):
+        assert f"scoring failed on rank {who} of 2: MemoryError: no room" in text
+        assert seconds < TIMEOUT / 2
+
+
 class Unheard(BaseStreamer):
     """Fails when all tokens are there."""
 

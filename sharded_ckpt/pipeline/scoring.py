@@ -80,11 +80,9 @@ def score(
     scoring = _Scoring(stage, teacher, activations, dict(done.sums))
     total = len(dataset) if isinstance(dataset, Sized) else None
     with unit_progress(progress, total, stage.runtime.is_main_process, "scoring", "batch") as told:
-        for number, digest in _scored(scoring, dataset, micro_batches, done):
+        for number, digest in _scored(scoring, dataset, micro_batches, done, told):
             if resume_dir is not None and number > done.batches and number % save_every == 0:
                 save_progress(stage, resume_dir, Progress(number, digest, scoring.sums))
-            if told is not None:
-                told(1)
     if resume_dir is not None and number > done.batches and number % save_every:
         save_progress(stage, resume_dir, Progress(number, digest, scoring.sums))
     with stage.collectively("putting the scores together"):
@@ -98,6 +96,7 @@ def _scored(
     dataset: Iterable[Mapping[str, Any]],
     micro_batches: MicroBatches,
     done: Progress,
+    told: Callable[[int], object] | None,
 ) -> Iterator[tuple[int, str]]:
     """Score batch by batch, and yield how many are done, and a digest of their content."""
     batches, number, digest = iter(dataset), 0, hashlib.blake2b(digest_size=16)
@@ -115,6 +114,8 @@ def _scored(
                     f"the saved scores are of other data: their first {number} batches are not those of this "
                     "dataset; score into another directory, or remove it"
                 )
+            if told is not None:
+                told(1)  # a function of the caller's own may fail on one rank alone, too
         yield number, digest.hexdigest()
     needed = max(done.batches, 1)
     if number < needed:
