@@ -13,7 +13,8 @@ from support.pipelines import decoded, logits_of, stage_of
 from support.tiny import heterogeneous_checkpoint
 from transformers import PreTrainedModel
 
-from sharded_ckpt import load_and_shard_model
+from patchers.errors import CollectiveError
+from sharded_ckpt import PipelineStage, load_and_shard_model
 
 IDS = torch.randint(4, 128, (4, 9), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6, [0] + [1] * 8, [1] * 9])
@@ -131,6 +132,21 @@ def test_a_shard_may_be_cast_after_loading_like_any_model(gloo: Gloo, folder: Pa
     with torch.no_grad():
         expected = whole(checkpoint).to(torch.bfloat16)(IDS, attention_mask=MASK).logits
     assert torch.equal(gloo.run_ok(cast, checkpoint, world_size=3)[-1], expected)
+
+
+def cast_late(checkpoint: Path) -> str:
+    stage = stage_of(checkpoint)
+    stage(IDS)
+    stage.shard.to(torch.bfloat16)
+    with pytest.raises(CollectiveError) as caught:
+        stage(IDS)
+    assert stage.is_last == (PipelineStage(stage.shard, stage.runtime)(IDS) is not None)
+    return str(caught.value)
+
+
+def test_a_shard_that_is_cast_later_needs_a_new_stage(gloo: Gloo, folder: Path) -> None:
+    for text in gloo.run_ok(cast_late, heterogeneous_checkpoint(folder)):
+        assert "where a shard was cast to another dtype, make a new PipelineStage of it on all ranks" in text
 
 
 def test_only_hidden_states_and_ids_travel(gloo: Gloo, folder: Path) -> None:

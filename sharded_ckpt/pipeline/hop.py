@@ -45,7 +45,8 @@ class HopOut:
             self._wire.send(_told(form), self._to)
         if form != self._forms[key]:
             raise CollectiveError(
-                f"hidden states of inputs {key} were {self._forms[key]} before, now they are {form}"
+                f"hidden states of inputs {key} were {self._forms[key]} before, now they are {form}; where a "
+                "shard was cast to another dtype, make a new PipelineStage of it on all ranks"
             )
         self._wire.send(hidden_states, self._to)
 
