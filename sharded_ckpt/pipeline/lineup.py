@@ -57,11 +57,6 @@ class Lineup:
         """The rank of the last block, which has the final norm and the head, too."""
         return self.ranks[-1]
 
-    @property
-    def idle(self) -> tuple[int, ...]:
-        """The ranks that own nothing."""
-        return tuple(rank for rank, run in enumerate(self.owned) if not run)
-
     def before(self, rank: int) -> int | None:
         """Return the rank from which a rank's hidden states come; None for the first one."""
         return _neighbour(self.ranks, rank, -1)
