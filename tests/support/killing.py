@@ -75,10 +75,9 @@ def die_at_random_moments(parent: str, mode: str, times: int, seed: int) -> dict
         save_version(directory, version, storage=storage)
     latest, old, new = 1.5 * (time.monotonic() - began) / 3, 3, 4
     while counts["died"] < times or not counts["new"]:
-        if counts["died"] >= times:  # the machine has become slower than it was when the usual time was taken
-            latest *= 1.2
         pid = fork(lambda n=new: save_version(directory, n, storage=storage))
         killed = kill_after(pid, dice.uniform(0, latest))
+        latest *= 1.03 if killed else 0.9  # the machine is never as fast as when the usual time was taken
         found = recovered_version(directory)
         assert found in ((old, new) if killed else (new,))
         if killed:
