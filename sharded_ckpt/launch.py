@@ -64,6 +64,8 @@ def process_group(place: Place, backend: str | None = None) -> Iterator[None]:
     """Initialise torch.distributed among processes started together; destroy it where all goes well."""
     import torch.distributed as dist
 
+    from sharded_ckpt.collective.control_group import control_group
+
     dist.init_process_group(
         backend,
         init_method=f"file://{place.meeting}",
@@ -71,6 +73,8 @@ def process_group(place: Place, backend: str | None = None) -> Iterator[None]:
         world_size=place.world_size,
         timeout=timedelta(seconds=place.timeout),
     )
+    # A rank that has nothing to do would be gone while others still connect to it, and they would fail.
+    control_group(timeout=place.timeout).vote(None, "connecting the ranks")
     yield
     dist.destroy_process_group()  # not after an error: its cut connections would look like the cause
 

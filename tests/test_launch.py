@@ -10,6 +10,7 @@ from support import launched
 from support.tiny import heterogeneous_checkpoint
 
 from sharded_ckpt import CollectiveError, ConfigError, load_and_shard_model, run_on_ranks
+from sharded_ckpt.local_ranks import on_ranks
 
 PROMPT = [[1, 5, 7, 9]]
 
@@ -40,3 +41,8 @@ def test_a_function_that_no_other_process_can_import_is_refused_with_what_to_do(
 def test_no_ranks_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"^ranks=0: expected 1 or more$"):
         run_on_ranks(launched.fail_on_rank_1, ranks=0)
+
+
+def test_no_rank_begins_and_none_can_be_gone_before_all_are_connected() -> None:
+    ranks = on_ranks(launched.connected_and_begun, [], world_size=2, timeout=120)
+    assert min(begun for _, begun in ranks) >= max(connected for connected, _ in ranks)
