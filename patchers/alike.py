@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from patchers.activation import patched_init, unpatched
-from patchers.meta import without_storage
+from patchers.meta import ONE_AT_A_TIME, without_storage
 
 _MEMBERS = ("_parameters", "_buffers", "_modules")
 
@@ -51,7 +51,7 @@ class AlikeBlocks:
 
     def build(self, block: nn.Module) -> None:
         """Build a block in place, on meta and in eval mode, if it is not yet built."""
-        with unpatched(), without_storage():
+        with ONE_AT_A_TIME, unpatched(), without_storage():
             self._builds.pop(block, _nothing)()
 
     def _share(self, block: nn.Module, init: Callable[..., None], args: Any, kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held by whoever builds a model. transformers and torch make parameters in the default dtype of the whole
+process, which a build sets: a load in another thread would get its own weights cast to it, without a word."""
 
 
 def build_on_meta(
@@ -30,7 +35,7 @@ def build_on_meta(
     """
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with without_storage():
+    with ONE_AT_A_TIME, without_storage():
         return model_class._from_config(copy.deepcopy(config), dtype=dtype, **options).eval()
 
 

@@ -6,6 +6,8 @@ import itertools
 import json
 import logging
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -522,3 +524,26 @@ def test_single_file_and_file_paths_are_taken(shared: Path) -> None:
     assert_same_tensors(
         load_and_shard_model("auto", str(folder)), AutoModelForCausalLM.from_pretrained(folder)
     )
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_loads_in_two_threads_keep_their_own_dtypes(tmp_path: Path, route: Any) -> None:
+    """Both make parameters in the default dtype, which is that of the process."""
+    wanted = {torch.bfloat16: "llama", torch.float32: "qwen3"}
+    folders = {dtype: tiny_checkpoint(tmp_path, family, dtype=dtype) for dtype, family in wanted.items()}
+    found: dict[torch.dtype, set[torch.dtype]] = {dtype: set() for dtype in wanted}
+
+    def load(dtype: torch.dtype) -> None:
+        for _ in range(20):
+            model = load_and_shard_model("auto", folders[dtype], {1, 2}, route=route)
+            found[dtype] |= {parameter.dtype for parameter in model.parameters()}
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(load, wanted))
+    finally:
+        sys.setswitchinterval(switch)
+    assert found == {dtype: {dtype} for dtype in wanted}
+    assert torch.get_default_dtype() == torch.float32

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from patchers.deci_x import BlockConfigs, as_described
 from patchers.descriptor import ModelDescriptor
 from patchers.errors import CheckpointError, MissingKeysError
+from patchers.meta import ONE_AT_A_TIME
 from patchers.names import fold
 from sharded_ckpt.checkpoint.garbage import paused_collection
 from sharded_ckpt.loading.misfits import Misfits
@@ -138,7 +139,7 @@ def fill_converted(
 
     names = {"__init__": __init__, "__module__": native.__module__, "__qualname__": native.__qualname__}
     throwaway: type[PreTrainedModel] = type(native.__name__, (native,), names)
-    with as_described(descriptor, config, block_configs), _no_bar_of_transformers():
+    with ONE_AT_A_TIME, as_described(descriptor, config, block_configs), _no_bar_of_transformers():
         try:
             loaded: Any = throwaway.from_pretrained(
                 None,
