@@ -26,11 +26,11 @@ from support.storages import FaultyStorage, NoExchange, OnlyInside, WatchedStora
 from support.threads import ThreadRank, run_ranks
 
 from patchers.errors import CheckpointError, CollectiveError
-from sharded_ckpt.checkpoint import storage, workspace
+from sharded_ckpt.checkpoint import owner, storage, workspace
 from sharded_ckpt.checkpoint.commit import PUBLISHED, UNTOUCHED
+from sharded_ckpt.checkpoint.owner import Owner
 from sharded_ckpt.checkpoint.publish import recover, transaction
 from sharded_ckpt.checkpoint.storage import OPERATIONS, LocalStorage
-from sharded_ckpt.checkpoint.workspace import Owner
 
 MODES = ["new", "exchange", "name by name", "inside"]
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
@@ -39,7 +39,7 @@ NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 @pytest.fixture(autouse=True)
 def no_save_goes_on() -> Iterator[None]:
     yield
-    assert workspace._alive_here == set()
+    assert owner._alive_here == set()
 
 
 class FaultyNoExchange(FaultyStorage, NoExchange):
@@ -349,7 +349,7 @@ def test_a_process_that_has_the_number_of_a_dead_one_is_another(tmp_path: Path) 
 
 def test_a_process_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
     child = subprocess.Popen(["sleep", "60"])
-    start = workspace._start_of(child.pid)
+    start = owner._start_of(child.pid)
     assert start
     leave_litter(tmp_path, "ckpt", Owner(Owner.of_this_process().place, child.pid, start, "00"))
     with pytest.raises(CheckpointError, match=rf"under way \(process {child.pid} on elsewhere since then\)"):

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import glob
 import hashlib
 import json
 import logging
 import os
 import re
-import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from typing import Final
 
 from patchers.errors import CheckpointError
 from sharded_ckpt.checkpoint import journal
+from sharded_ckpt.checkpoint.owner import Owner
 from sharded_ckpt.checkpoint.storage import OCCUPIED, LocalStorage
 from sharded_ckpt.checkpoint.tree import (
     is_mount_point,
@@ -43,75 +42,6 @@ ABANDONED_AFTER: Final = 24 * 3600.0
 _NAME = re.compile(r"\.(?P<target>.+)\.saving(?:-(?P<owner>[0-9a-f]+-\d+-\d+-[0-9a-f]+))?", re.DOTALL)
 _MAX_NAME_BYTES = 190  # of the 255 that file systems take, `.`, `.saving-` and an owner need some 50
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
-_alive_here: set[str] = set()  # the nonces of the saves of this process
-
-
-@dataclass(frozen=True)
-class Owner:
-    """One save of one process, by what tells it from every other one.
-
-    Example:
-        >>> owner = Owner.of_this_process()
-        >>> Owner.parse(str(owner)) == owner, owner.is_dead()
-        (True, True)
-    """
-
-    place: str
-    """The running kernel and its PID namespace: where the process can be asked for."""
-    pid: int
-    start: int
-    """When the process started, in ticks since boot: process numbers come back."""
-    nonce: str
-
-    def __str__(self) -> str:
-        return f"{self.place}-{self.pid}-{self.start}-{self.nonce}"
-
-    @classmethod
-    def parse(cls, text: str) -> Owner | None:
-        """Return the owner that `str` gave the text of, or None if it gave no such text."""
-        parts = text.split("-")
-        if len(parts) != 4 or not (parts[1].isdigit() and parts[2].isdigit()):
-            return None
-        return cls(parts[0], int(parts[1]), int(parts[2]), parts[3])
-
-    @classmethod
-    def of_this_process(cls) -> Owner:
-        """Return a new owner; it counts as dead until a workspace is acquired for it."""
-        return cls(_place(), os.getpid(), _start_of(os.getpid()) or 0, secrets.token_hex(4))
-
-    def is_dead(self) -> bool | None:
-        """Return whether this save is over; None if only another machine or container could tell."""
-        if self.place != _place():
-            return None
-        if self.pid == os.getpid() and self.start == (_start_of(self.pid) or 0):
-            return self.nonce not in _alive_here
-        return _start_of(self.pid) != self.start
-
-
-@functools.cache
-def _place() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        boot = socket.gethostname()
-    return hashlib.sha256(boot.encode()).hexdigest()[:12]
-
-
-def _start_of(pid: int) -> int | None:
-    """Return when a process started; 0 where the system does not say; None if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        if os.path.exists("/proc/self/stat"):
-            return None
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            pass
-        return 0
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 @dataclass(frozen=True)
@@ -194,7 +124,7 @@ def _acquire(storage: LocalStorage, target: Path, *, inside: bool) -> Workspace:
     owner = Owner.of_this_process()
     path = locate(target, inside=inside)
     private = path.with_name(f"{path.name}-{owner}")
-    _alive_here.add(owner.nonce)
+    owner.begin()
     try:
         storage.make_directory(private)
         storage.make_directory(private / journal.STAGE)
@@ -206,7 +136,7 @@ def _acquire(storage: LocalStorage, target: Path, *, inside: bool) -> Workspace:
                 sweep(storage, target, os.stat(private), target)
             _take_name(storage, private, path, target)
     except BaseException:
-        _alive_here.discard(owner.nonce)
+        owner.end()
         with contextlib.suppress(OSError):
             remove_tree(storage, private)
             if owner_of(storage, path) == owner:
@@ -316,4 +246,4 @@ def release(storage: LocalStorage, workspace: Workspace) -> None:
     except (OSError, CheckpointError) as error:
         logger.warning("%s cannot be removed, the next save will try again: %s", workspace.path, error)
     finally:
-        _alive_here.discard(workspace.owner.nonce)
+        workspace.owner.end()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -47,7 +46,7 @@ from sharded_ckpt.loading.quantised import take_coding
 from sharded_ckpt.loading.report import LoadReport
 from sharded_ckpt.loading.skeleton import Skeleton
 from sharded_ckpt.model import num_blocks
-from sharded_ckpt.ownership.plan import check_disjoint_cover, check_ownership
+from sharded_ckpt.ownership.plan import check_ownership
 from sharded_ckpt.ownership.planning import plan_ownership
 from sharded_ckpt.ownership.skeleton import model_bytes
 from sharded_ckpt.runtime import Runtime, usable_device
@@ -109,36 +108,6 @@ class ShardLoader:
             check_shapes(self.plan, self.wanted, self.entries, self.index.weight_map)
         if self.route == "converted":
             check_castable(self.plan, self.wanted, self._found_dtypes())
-
-    def agree(self) -> None:
-        """Make sure that ranks which deal the blocks out among themselves deal out the same ones.
-
-        Raises:
-            ConfigError: On all ranks: they load different models, or leave a block to nobody.
-        """
-        if self.runtime.world_size == 1:
-            return
-        doing = f"dealing out the blocks of {self.source.location}"
-        facts = {
-            "auto": self.options.owned == "auto",
-            "model": self._fingerprint(),
-            "owned": sorted(self.owned),
-        }
-        ranks = self.runtime.control.gather(facts, doing)
-        if not all(rank["auto"] for rank in ranks):
-            return
-        models = [rank["model"] for rank in ranks]
-        if len(set(models)) > 1:
-            other = next(rank for rank, model in enumerate(models) if model != models[0])
-            raise ConfigError(
-                f"{doing}: rank {other} loads another model than rank 0 (other tensors, or other block "
-                "configs); all ranks must load the same one, or be told their owned_block_indexes"
-            )
-        check_disjoint_cover([rank["owned"] for rank in ranks], self.num_blocks)
-
-    def _fingerprint(self) -> str:
-        shapes = sorted((name, tuple(t.shape)) for name, t in self.whole.items())
-        return hashlib.sha256(repr((self.descriptor.family, shapes)).encode()).hexdigest()
 
     def fill(self, progress: Callable[[int], object] | None = None) -> None:
         """Read the tensors of this shard, and nothing else, into it.

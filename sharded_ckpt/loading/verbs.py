@@ -107,6 +107,7 @@ def load_and_shard_model(
     }
     _check_order(descriptor, checkpoint_path)
     hint = _read_ahead(checkpoint_path, owned_block_indexes, where)
+    from sharded_ckpt.loading.dealing import agree_on_blocks
     from sharded_ckpt.loading.opening import open_loader
     from sharded_ckpt.loading.options import LoadOptions
     from sharded_ckpt.loading.shortage import explained_shortage
@@ -130,7 +131,7 @@ def load_and_shard_model(
     here = as_runtime(runtime)
     with together(here.control, f"planning the load of {os.fspath(checkpoint_path)}"):
         loader = open_loader(checkpoint_path, {**where, "allow_pickle": allow_pickle}, options, here)
-    loader.agree()
+    agree_on_blocks(loader)
     lack = explained_shortage(loader.source.location, loader.nbytes, loader.device)
     with together(here.control, f"loading {os.fspath(checkpoint_path)}"), lack:
         with byte_progress(progress, loader.nbytes, here.is_main_process) as count:
