@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import threading
@@ -105,7 +106,7 @@ class _Rank:
     def receive(self) -> None:
         """Take the answer that is there; the end of the pipe is one, too."""
         try:
-            self.answer = self.pipe.recv()
+            self.answer = pickle.loads(self.pipe.recv_bytes())
         except (EOFError, ConnectionError):
             self._process.join(_EXIT)
             self.answer = _Failure(f"{_death(self._process.exitcode)}{self._last_words()}")
@@ -175,14 +176,19 @@ def _serve(
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:
-        pipe.send(_Done(work(place, *arguments)))
+        _send(pipe, _Done(work(place, *arguments)))
         return
     except CollectiveError as error:
-        pipe.send(_Failure(str(error), names_ranks=True))
+        _send(pipe, _Failure(str(error), names_ranks=True))
     except Exception as error:
         traceback.print_exc()
-        pipe.send(_Failure(f"{type(error).__name__}: {error}"))
+        _send(pipe, _Failure(f"{type(error).__name__}: {error}"))
     time.sleep(2 * _GRACE)  # leaving now would cut connections, and the others would report that, too
+
+
+def _send(pipe: Connection, answer: _Done | _Failure) -> None:
+    """Send all of an answer: of a tensor, `pipe.send` only says where it lies in a process about to end."""
+    pipe.send_bytes(pickle.dumps(answer))
 
 
 def _follow_parent() -> None:

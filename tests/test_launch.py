@@ -46,3 +46,10 @@ def test_no_ranks_are_refused() -> None:
 def test_no_rank_begins_and_none_can_be_gone_before_all_are_connected() -> None:
     ranks = on_ranks(launched.connected_and_begun, [], world_size=2, timeout=120)
     assert min(begun for _, begun in ranks) >= max(connected for connected, _ in ranks)
+
+
+def test_tensors_that_ranks_return_outlive_them() -> None:
+    results = run_on_ranks(launched.tensors_of_rank, ranks=2, timeout=120)
+    for rank, result in enumerate(results):
+        assert torch.equal(result["rank"], torch.full((1000,), rank))
+        assert [tensor.tolist() for tensor in result["ties"]] == [[0.0, 1.0, 2.0]] * 2

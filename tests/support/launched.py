@@ -42,3 +42,10 @@ def connected_and_begun(place: Place) -> tuple[float, float]:
     dist.init_process_group = late
     with process_group(place, "gloo"):
         return connected[0], time.monotonic()
+
+
+def tensors_of_rank() -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    return {"rank": torch.full((1000,), dist.get_rank()), "ties": [torch.arange(3.0)] * 2}
